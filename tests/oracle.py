@@ -1,0 +1,147 @@
+"""The float64 NumPy oracle, and the trees that tests are run on."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+FLOATS = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+
+def entries(tree) -> np.ndarray:
+    """The moduli of all entries, in one float64 vector."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    leaves = [leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0]
+    wide = [
+        leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+        for leaf in leaves
+    ]
+    return np.concatenate([np.abs(leaf).ravel() for leaf in wide] or [np.zeros(0)])
+
+
+def norm(tree, ord: float = 2) -> float:
+    """The norm in float64, of entries scaled so that no power leaves its range."""
+    values = entries(tree)
+    largest = values.max(initial=0.0)
+    if largest == 0 or not np.isfinite(largest) or ord == math.inf:
+        return float(largest)
+    powers = (values / largest) ** ord
+    return float(largest * math.fsum(powers) ** (1 / ord))
+
+
+def clipped(tree, max_norm: float, ord: float = 2):
+    """Every leaf times ``min(1, max_norm / norm)``, in float64."""
+    measured = norm(tree, ord)
+    scale = 1.0 if measured <= max_norm else max_norm / measured
+
+    def clip(leaf):
+        leaf = np.asarray(leaf)
+        wide = np.complex128 if np.iscomplexobj(leaf) else np.float64
+        return leaf.astype(wide) * scale
+
+    return jax.tree.map(clip, tree)
+
+
+def eps(leaf) -> float:
+    """Twice the largest relative error of one rounding to the leaf's dtype."""
+    return float(jnp.finfo(leaf.dtype).eps)
+
+
+def normals(shapes, dtype="float32", seed=0, scale=1.0):
+    """A tree of normal entries, of the shapes in ``shapes``."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        return jnp.asarray(
+            (scale * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
+        )
+
+    return jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def gpt2_small_shapes() -> dict:
+    """The 148 parameters of GPT-2 small: 124 million entries."""
+    width = 768
+    norm = {"scale": (width,), "bias": (width,)}
+
+    def dense(inputs, outputs):
+        return {"kernel": (inputs, outputs), "bias": (outputs,)}
+
+    block = {
+        "norm_1": norm,
+        "attention": dense(width, 3 * width),
+        "projection": dense(width, width),
+        "norm_2": norm,
+        "up": dense(width, 4 * width),
+        "down": dense(4 * width, width),
+    }
+    return {
+        "tokens": (50257, width),
+        "positions": (1024, width),
+        "blocks": [block] * 12,
+        "norm": norm,
+    }
+
+
+def trees(
+    dtypes: tuple[str, ...] = tuple(FLOATS), *, min_leaves: int = 0
+) -> st.SearchStrategy:
+    """Nested trees with None in them, of every shape and magnitude of the dtypes."""
+    leaves = st.sampled_from(dtypes).flatmap(_arrays)
+    nests = st.recursive(
+        st.none() | leaves,
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.tuples(inner, inner)
+            | st.dictionaries(st.sampled_from("abcd"), inner, max_size=4)
+        ),
+        max_leaves=8,
+    )
+    return nests.filter(lambda tree: len(jax.tree.leaves(tree)) >= min_leaves)
+
+
+def _arrays(name: str) -> st.SearchStrategy:
+    dtype = FLOATS[name]
+    info = ml_dtypes.finfo(dtype)
+
+    def at_magnitude(exponent: int) -> st.SearchStrategy:
+        limit = min(float(info.max), 2.0**exponent)
+        # Subnormal entries have tests of their own: XLA on CPU computes none.
+        tiny = float(info.tiny)
+        magnitudes = st.floats(min(tiny, limit), limit, allow_subnormal=False)
+        elements = (st.just(0.0) | magnitudes | magnitudes.map(lambda x: -x)).map(
+            lambda x: float(np.asarray(x, dtype))
+        )
+        shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
+        wide = shapes.flatmap(
+            lambda shape: hnp.arrays(np.float64, shape, elements=elements)
+        )
+        return wide.map(lambda array: jnp.asarray(array.astype(dtype)))
+
+    return st.integers(int(info.minexp) + 1, int(info.maxexp)).flatmap(at_magnitude)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects an entry for each program that XLA compiles meanwhile."""
+    compiled = []
+
+    def listen(event: str, duration: float, **details: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(f"{duration:.3f} s {details}")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
