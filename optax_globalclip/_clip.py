@@ -166,8 +166,9 @@ def clip_leaves(
 
     threshold = jnp.maximum(jnp.asarray(max_norm, measured.dtype), 0)
     within = finite & (measured <= threshold)
-    safe_value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
-    shift, scale = _scale_factors(threshold, norm._replace(value=safe_value))
+    value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
+    norm = ScaledNorm(value, jnp.where(within, 1, norm.unit))
+    shift, scale = _scale_factors(jnp.where(within, 1, threshold), norm)
 
     def clip_leaf(leaf: jax.Array) -> jax.Array:
         # Selected, not multiplied by 1 or by 0: the one turns subnormal entries into
@@ -175,7 +176,7 @@ def clip_leaves(
         clipped = jnp.where(within, leaf, _scaled(leaf, shift, scale))
         return jnp.where(finite, clipped, 0) if nonfinite == "zero" else clipped
 
-    total_scale = jnp.where(within, 1, shift * scale)
+    total_scale = shift * scale
     if nonfinite == "zero":
         total_scale = jnp.where(finite, total_scale, 0)
     clip = Clip(measured, threshold, total_scale, finite & ~within, finite)
@@ -187,21 +188,26 @@ def _scale_factors(
 ) -> tuple[jax.Array, jax.Array]:
     """``threshold / norm`` as the product of two floats.
 
-    The first is 1, or a power of two where one float would be subnormal, which the
-    CPU takes as zero: it would turn entries of 1e38 and a threshold of 1 into zeros.
+    The first is 1, unless the quotient is subnormal. The CPU takes that as zero, and
+    would turn entries of 1e38 and a threshold of 1 into zeros.
     """
-    info = jnp.finfo(threshold.dtype)
-    scale = threshold / norm.unit / norm.value
-    shift = jnp.where(scale < info.tiny, 2.0 ** (info.minexp * 4 // 5), 1)
-    shift = jax.lax.stop_gradient(shift.astype(threshold.dtype))
-    return shift, threshold / shift / norm.unit / norm.value
+    value = jax.lax.stop_gradient(norm.value)
+    tiny = float(jnp.finfo(threshold.dtype).tiny)
+    whole, part = value * norm.unit, value * (norm.unit * tiny)
+    split = (threshold / whole < tiny) & (threshold > 0)
+    shift = jnp.where(split, tiny, 1).astype(threshold.dtype)
+    # The derivative of a quotient has the square of the divisor in it. So divide by
+    # the norm as a constant, and by the 1 that it is in units of that constant. Not
+    # as ``norm.value / value``: XLA would merge the divisions, and overflow in it.
+    one = 1 + (norm.value - value) * (1 / value)
+    return shift, threshold / jnp.where(split, part, whole) / one
 
 
 def _scaled(leaf: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """The product in at least float32, rounded once to the leaf's dtype."""
     dtype = scale.dtype
     if jnp.iscomplexobj(leaf):
-        dtype = jnp.result_type(dtype, jnp.complex64)
+        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
     wide = leaf.astype(dtype) * shift.astype(dtype) * scale.astype(dtype)
     return wide.astype(leaf.dtype)
 

@@ -245,13 +245,13 @@ def _l2_norm_jvp(axes, primals, tangents):
     """
     (leaves,), (tangents,) = primals, tangents
     norm = _l2_norm(leaves, axes)
-    dtype, unit = norm.value.dtype, jax.lax.stop_gradient(norm.unit)
+    dtype, scale = norm.value.dtype, jax.lax.stop_gradient(1 / norm.unit)
     nonzero = norm.value != 0
     value = jnp.where(nonzero, norm.value, 1)
 
     def slope_along(part: jax.Array, tangent: jax.Array) -> jax.Array:
-        direction = jnp.where(nonzero, part.astype(dtype) / unit / value, 0)
-        return jnp.sum(direction * (tangent.astype(dtype) / unit))
+        direction = jnp.where(nonzero, part.astype(dtype) * scale / value, 0)
+        return jnp.sum(direction * (tangent.astype(dtype) * scale))
 
     slopes = [
         _add(list(map(slope_along, _real_parts(leaf), _real_parts(tangent))))

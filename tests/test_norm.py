@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
 from jax.test_util import check_grads
 
 from optax_globalclip import global_norm, leaf_norms
