@@ -1,6 +1,7 @@
 """What counts as a leaf, and the errors that name one."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -33,6 +34,7 @@ def split_leaves(
       TypeError: naming the path and dtype of a leaf that has no norm.
     """
     leaves, treedef = jax.tree.flatten(updates, is_leaf=_is_sparse)
+    leaves = [_unwrapped(leaf) for leaf in leaves]
     counted = [i for i, leaf in enumerate(leaves) if not is_float0(leaf)]
     if not all(_has_norm(leaves[i]) for i in counted):
         raise _no_norm(updates)
@@ -61,11 +63,16 @@ def is_float0(leaf: object) -> bool:
     return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
+def _unwrapped(leaf: Any) -> Any:
+    """The array in what is none itself, but tells JAX of one."""
+    if isinstance(leaf, jax.Array) or not hasattr(leaf, "__jax_array__"):
+        return leaf
+    return leaf.__jax_array__()
+
+
 def _has_norm(leaf: object) -> bool:
     if _is_sparse(leaf):
         return False
-    if hasattr(leaf, "__jax_array__"):
-        leaf = jnp.asarray(leaf)
     dtype = getattr(leaf, "dtype", type(leaf))
     return dtype in (float, complex) or jnp.issubdtype(dtype, jnp.inexact)
 
@@ -83,7 +90,7 @@ def _no_norm(updates: optax.Updates) -> TypeError:
     path, leaf = next(
         (path, leaf)
         for path, leaf in paths
-        if not is_float0(leaf) and not _has_norm(leaf)
+        if not is_float0(leaf) and not _has_norm(_unwrapped(leaf))
     )
     where = f"updates{jax.tree_util.keystr(path)}"
     if _is_sparse(leaf):

@@ -136,12 +136,24 @@ def compilations() -> Iterator[list[str]]:
     """Collects an entry for each program that XLA compiles meanwhile."""
     compiled = []
 
-    def listen(event: str, duration: float, **details: object) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(f"{duration:.3f} s {details}")
+            compiled.append(f"{duration_secs:.3f} s {kwargs}")
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def equations(jaxpr) -> Iterator:
+    """Every equation of a jaxpr, and of those in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda node: hasattr(node, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
