@@ -1,5 +1,6 @@
 """What counts as a leaf, and the errors that name one."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,12 +56,13 @@ def accumulator_dtype(leaves: Sequence[chex.Array]) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(d in wide for d in dtypes) else jnp.float32)
 
 
+def is_float0(leaf: object) -> bool:
+    """Whether the leaf is the tangent of an integer, which holds no numbers."""
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
 def _is_sparse(leaf: object) -> bool:
     return isinstance(leaf, JAXSparse)
-
-
-def is_float0(leaf: object) -> bool:
-    return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
 def _unwrapped(leaf: Any) -> Any:
@@ -73,7 +75,11 @@ def _unwrapped(leaf: Any) -> Any:
 def _has_norm(leaf: object) -> bool:
     if _is_sparse(leaf):
         return False
-    dtype = getattr(leaf, "dtype", type(leaf))
+    return _is_inexact(getattr(leaf, "dtype", type(leaf)))
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
     return dtype in (float, complex) or jnp.issubdtype(dtype, jnp.inexact)
 
 

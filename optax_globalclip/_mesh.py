@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 Axes = tuple[str, ...]
 AxisName = str | Axes | chex.ArrayTree | None
@@ -71,6 +72,8 @@ def _is_names(node: object) -> bool:
 
 
 def _varying_axes(leaf: chex.Array) -> Axes:
+    if not isinstance(leaf, Tracer):
+        return ()
     aval = jax.typeof(leaf)
     # jax 0.10 moved ``vma`` into ``mat``; older releases have the former only.
     varying = aval.mat.varying if hasattr(aval, "mat") else aval.vma

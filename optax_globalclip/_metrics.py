@@ -64,6 +64,8 @@ def _is_clip(node: object) -> bool:
 
 
 def _clip_metrics(state: ClipByGlobalNormState) -> dict[str, jax.Array]:
+    # Flax NNX keeps each field in a Variable, which changes at the next update.
+    state = ClipByGlobalNormState(*map(jnp.asarray, state[:-1]), threshold_state=())
     updates = jnp.maximum(state.num_updates, 1).astype(jnp.float32)
     return {
         "global_norm": state.global_norm,

@@ -69,30 +69,6 @@ def normals(shapes, dtype="float32", seed=0, scale=1.0):
     return jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def gpt2_small_shapes() -> dict:
-    """The 148 parameters of GPT-2 small: 124 million entries."""
-    width = 768
-    norm = {"scale": (width,), "bias": (width,)}
-
-    def dense(inputs, outputs):
-        return {"kernel": (inputs, outputs), "bias": (outputs,)}
-
-    block = {
-        "norm_1": norm,
-        "attention": dense(width, 3 * width),
-        "projection": dense(width, width),
-        "norm_2": norm,
-        "up": dense(width, 4 * width),
-        "down": dense(4 * width, width),
-    }
-    return {
-        "tokens": (50257, width),
-        "positions": (1024, width),
-        "blocks": [block] * 12,
-        "norm": norm,
-    }
-
-
 def trees(
     dtypes: tuple[str, ...] = tuple(FLOATS), *, min_leaves: int = 0
 ) -> st.SearchStrategy:

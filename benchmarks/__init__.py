@@ -1,0 +1,1 @@
+"""Measurements of the clip beside its peers; each module is a command."""
