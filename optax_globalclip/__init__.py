@@ -10,7 +10,7 @@
 5.0
 """
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from ._clip import clip_updates as clip_updates
 from ._metrics import metrics as metrics
@@ -21,4 +21,4 @@ from ._transform import (
     clip_by_global_norm as clip_by_global_norm,
 )
 
-__version__ = importlib.metadata.version("optax_globalclip")
+__version__ = _version("optax_globalclip")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 Axes = tuple[str, ...]
 AxisName = str | Axes | chex.ArrayTree | None
@@ -63,6 +64,14 @@ def all_reduce(
         for i, value in zip(members, together, strict=True):
             reduced[i] = value
     return reduced
+
+
+def is_local(leaf: jax.Array) -> bool:
+    """Whether the leaf lies on one device, or is one device's shard.
+
+    What XLA may yet shard is not to be concatenated: it would gather it first.
+    """
+    return set(jax.typeof(leaf).sharding.mesh.axis_types) <= {AxisType.Manual}
 
 
 def _is_names(node: object) -> bool:

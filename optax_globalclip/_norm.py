@@ -15,7 +15,10 @@ import optax
 from jax.core import Tracer
 
 from ._leaves import accumulator_dtype, is_float0, split_leaves
-from ._mesh import Axes, AxisName, all_reduce, leaf_axes
+from ._mesh import Axes, AxisName, all_reduce, is_local, leaf_axes
+
+# The most entries of a leaf that is packed with others before it is reduced.
+_SMALL = 4096
 
 
 class ScaledNorm(NamedTuple):
@@ -293,9 +296,21 @@ def _sum_of_squares(
 ) -> jax.Array:
     """The sum of squares of all entries, each first multiplied by ``scale``."""
     parts = [part.astype(dtype) for leaf in leaves for part in _real_parts(leaf)]
+    parts = _packed(parts)
     if scale is not None:
         parts = [_scaled_modulus(part, scale) for part in parts]
     return _add([jnp.sum(jnp.square(part)) for part in parts])
+
+
+def _packed(parts: list[jax.Array]) -> list[jax.Array]:
+    """The parts, with all small ones joined into one.
+
+    XLA spends its compile time on reductions, and each is a call at run time.
+    """
+    small = [part.ravel() for part in parts if part.size <= _SMALL]
+    if len(small) < 2 or not all(map(is_local, parts)):
+        return parts
+    return [jnp.concatenate(small)] + [part for part in parts if part.size > _SMALL]
 
 
 def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,0 +1,88 @@
+"""The README runs as pasted, and its figures are those that the benchmarks wrote."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import optax_globalclip
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_python_blocks_run_in_order(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 2
+    namespace = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "30.0 1.0 1.0"
+    assert "# 30.0 1.0 1.0" in README
+
+
+def test_first_block_runs_by_itself():
+    block = re.search(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    ran = subprocess.run(
+        [sys.executable, "-c", block[1]], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "30.0 1.0 1.0\n"
+
+
+def test_comparison_with_optax_is_the_one_that_was_written():
+    written = json.loads((RESULTS / "compare.json").read_text())
+    for row in written["rows"]:
+        assert f"| {row['case']} | {row['optax']} | {row['ours']} |" in README
+    versions = written["versions"]
+    assert f"optax {versions['optax']}, jax {versions['jax']}" in README
+
+
+def test_time_outside_jit_is_the_one_that_was_written():
+    written = json.loads((RESULTS / "outside_jit.json").read_text())
+    times = written["milliseconds"]
+    claim = (
+        f"a call takes {written['ratio']} of optax's time "
+        f"({times['ours']} ms against {times['optax']} ms;"
+    )
+    assert claim in README
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) >= 4
+    for link in links:
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+PUBLIC = [
+    "ClipByGlobalNormState",
+    "Threshold",
+    "clip_by_global_norm",
+    "clip_updates",
+    "global_norm",
+    "leaf_norms",
+    "metrics",
+]
+
+
+def test_nothing_else_is_public():
+    assert [name for name in dir(optax_globalclip) if name[0] != "_"] == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    documentation = getattr(optax_globalclip, name).__doc__
+    assert any(section in documentation for section in ("Example:", "Attributes:"))
+
+
+def test_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", optax_globalclip.__version__)
+    assert f"[{optax_globalclip.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
