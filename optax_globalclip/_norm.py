@@ -307,10 +307,11 @@ def _packed(parts: list[jax.Array]) -> list[jax.Array]:
 
     XLA spends its compile time on reductions, and each is a call at run time.
     """
-    small = [part.ravel() for part in parts if part.size <= _SMALL]
+    small = [part for part in parts if part.size <= _SMALL]
     if len(small) < 2 or not all(map(is_local, parts)):
         return parts
-    return [jnp.concatenate(small)] + [part for part in parts if part.size > _SMALL]
+    packed = jnp.concatenate([part.ravel() for part in small])
+    return [packed] + [part for part in parts if part.size > _SMALL]
 
 
 def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -95,13 +95,13 @@ def clip_by_global_norm(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> from optax_globalclip import clip_by_global_norm
-      >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(1.0))
       >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
       >>> state = tx.init(params)
       >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
       >>> updates, state = jax.jit(tx.update)(grads, state, params)
       >>> print(optax.tree.get(state, "global_norm"), updates["b"])
-      5.0 [-0.08]
+      5.0 [-0.8]
 
     References:
       Pascanu et al., `On the difficulty of training recurrent neural networks
