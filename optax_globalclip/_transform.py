@@ -108,7 +108,7 @@ def clip_by_global_norm(
       <https://proceedings.mlr.press/v28/pascanu13.html>`_, 2013
     """
     threshold = as_threshold(max_norm)
-    static_or_traced_ord = as_ord(ord)
+    checked_ord = as_ord(ord)
     check_nonfinite(nonfinite)
 
     def init_fn(params: optax.Params) -> ClipByGlobalNormState:
@@ -141,7 +141,7 @@ def clip_by_global_norm(
             state,
             use_norm,
             None if threshold is None else threshold.update,
-            static_or_traced_ord,
+            checked_ord,
             nonfinite,
             leaf_axes(leaves, updates, axis_name),
         )

@@ -1,5 +1,6 @@
 """Eight fake devices, and every silent conversion an error, for the whole suite."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -8,8 +9,10 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Every new tree compiles, which has no deadline.
-hypothesis.settings.register_profile("compiling", deadline=None)
+# Every new tree compiles, which has no deadline. What lands is judged on fixed trees.
+hypothesis.settings.register_profile(
+    "compiling", deadline=None, derandomize="CI" in os.environ
+)
 hypothesis.settings.load_profile("compiling")
 
 
