@@ -32,7 +32,7 @@ except ImportError as error:
     ) from error
 
 BATCH_SIZE = 50
-HIDDEN = 128
+HIDDEN = 256
 COLOURS = {"no clipping": "#D55E00", "clipped": "#0072B2"}
 
 USAGE = """\
@@ -85,8 +85,9 @@ class Network(nnx.Module):
         def step(hidden: jax.Array, pixel: jax.Array) -> tuple[jax.Array, None]:
             return jnp.tanh(pixel + hidden @ kernel), None
 
+        # Four pixels a turn of the loop: fewer turns, and a little faster on a CPU.
         pixels = self.read(jnp.asarray(images)).swapaxes(0, 1)
-        hidden, _ = jax.lax.scan(step, jnp.zeros(pixels.shape[1:]), pixels)
+        hidden, _ = jax.lax.scan(step, jnp.zeros(pixels.shape[1:]), pixels, unroll=4)
         return self.classify(hidden)
 
 
