@@ -37,9 +37,9 @@ def global_norm(
 
     * Sums are accumulated in float32, or in float64 if any leaf is float64 or
       complex128, whatever the dtypes of the leaves.
-    * The norm is right for every tree of finite normal entries whose norm the
-      result's dtype can hold: entries whose powers overflow or underflow are
-      rescaled. (XLA on CPU reads subnormal float32 entries as zero.)
+    * The norm is right for every tree of finite entries whose norm is a normal float
+      of the result's dtype: entries whose powers overflow or underflow are rescaled.
+      (For orders other than 2, XLA on CPU reads subnormal entries as zero.)
     * It can be differentiated twice. Its gradient at zero is zero.
     * Outside ``jit`` it is one compiled call.
 
