@@ -6,6 +6,7 @@ and reductions must say over which axes.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import chex
 import jax
@@ -31,18 +32,15 @@ def leaf_axes(
     """
     if axis_name is None:
         return tuple(_varying_axes(leaf) for leaf in leaves)
-    return tuple(
-        (names,) if isinstance(names, str) else names
-        for names in jax.tree.leaves(
-            jax.tree.map(
-                lambda names, subtree: jax.tree.map(lambda _: names, subtree),
-                axis_name,
-                updates,
-                is_leaf=_is_names,
-            ),
-            is_leaf=_is_names,
-        )
+    if _is_names(axis_name):
+        return (_as_axes(axis_name),) * len(leaves)
+    broadcast = jax.tree.map(
+        lambda names, subtree: jax.tree.map(lambda _: names, subtree),
+        axis_name,
+        updates,
+        is_leaf=_is_names,
     )
+    return tuple(map(_as_axes, jax.tree.leaves(broadcast, is_leaf=_is_names)))
 
 
 def all_reduce(
@@ -74,10 +72,14 @@ def is_local(leaf: jax.Array) -> bool:
     return set(jax.typeof(leaf).sharding.mesh.axis_types) <= {AxisType.Manual}
 
 
-def _is_names(node: object) -> bool:
+def _is_names(node: object) -> TypeGuard[str | Axes]:
     return isinstance(node, str) or (
         isinstance(node, tuple) and all(isinstance(name, str) for name in node)
     )
+
+
+def _as_axes(names: str | Axes) -> Axes:
+    return (names,) if isinstance(names, str) else names
 
 
 def _varying_axes(leaf: chex.Array) -> Axes:
