@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ._l2 import ScaledNorm, add
+from ._l2 import ScaledNorm, add, sum_entries
 from ._leaves import accumulator_dtype
 from ._mesh import Axes, all_reduce
 
@@ -66,7 +66,7 @@ def _power_sums(
 ) -> list[jax.Array]:
     """Each leaf's sum of powers of its entries in its unit."""
     sums = [
-        jnp.sum(_power(modulus / unit, ord))
+        sum_entries(_power(modulus / unit, ord))
         for modulus, unit in zip(moduli, units, strict=True)
     ]
     return all_reduce(sums, axes, jax.lax.psum)

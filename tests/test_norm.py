@@ -66,6 +66,16 @@ def test_squares_out_of_range(entry, dtype, size):
     assert_norm({"w": jnp.full(size, entry, dtype)})
 
 
+@dtypes
+@pytest.mark.parametrize("shape", [(1000,), (30, 100), (100, 30), (4, 5, 200)])
+@pytest.mark.parametrize("entry", [0.9, 1.3])
+def test_equal_entries(shape, entry, dtype):
+    # Rounding errors of one sign, which a sum one after the other piles up.
+    leaf = jnp.full(shape, entry, dtype)
+    assert_norm(leaf)
+    np.testing.assert_allclose(float(leaf_norms(leaf)), oracle.norm(leaf), 5e-7)
+
+
 def test_large_beside_small_entries():
     # The squares of the small ones are lost one by one, and count together.
     assert_norm([jnp.full(2**20, 1e-20), jnp.array([1.2e-19])])
