@@ -1,4 +1,4 @@
-"""Scaling a tree down to a norm: the scale, the rounding, the non-finite policy."""
+"""Scaling a tree down to a norm, and what to do where that is not finite."""
 
 import functools
 import math
@@ -18,6 +18,7 @@ from ._l2 import ScaledNorm
 from ._leaves import accumulator_dtype, split_leaves
 from ._mesh import Axes, AxisName, leaf_axes
 from ._norm import StaticOrd, as_ord, measure
+from ._scale import scale_factors, scaled
 
 NonFinite = Literal["nan", "zero", "error"]
 
@@ -169,48 +170,13 @@ def clip_leaves(
     within = finite & (measured <= threshold)
     value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
     norm = ScaledNorm(value, jnp.where(within, 1, norm.unit))
-    shift, scale = _scale_factors(jnp.where(within, 1, threshold), norm)
-
-    def clip_leaf(leaf: jax.Array) -> jax.Array:
-        # Selected, not multiplied by 1 or by 0: the one turns subnormal entries into
-        # zeros on CPU, the other leaves NaN entries NaN.
-        clipped = jnp.where(within, leaf, _scaled(leaf, shift, scale))
-        return jnp.where(finite, clipped, 0) if nonfinite == "zero" else clipped
-
-    total_scale = shift * scale
-    if nonfinite == "zero":
-        total_scale = jnp.where(finite, total_scale, 0)
-    clip = Clip(measured, threshold, total_scale, finite & ~within, finite)
-    return [clip_leaf(leaf) for leaf in leaves], clip
-
-
-def _scale_factors(
-    threshold: jax.Array, norm: ScaledNorm
-) -> tuple[jax.Array, jax.Array]:
-    """``threshold / norm`` as the product of two floats.
-
-    The first is 1, unless the quotient is subnormal. The CPU takes that as zero, and
-    would turn entries of 1e38 and a threshold of 1 into zeros.
-    """
-    value = jax.lax.stop_gradient(norm.value)
-    tiny = float(jnp.finfo(threshold.dtype).tiny)
-    whole, part = value * norm.unit, value * (norm.unit * tiny)
-    split = (threshold / whole < tiny) & (threshold > 0)
-    shift = jnp.where(split, tiny, 1).astype(threshold.dtype)
-    # The derivative of a quotient has the square of the divisor in it. So divide by
-    # the norm as a constant, and by the 1 that it is in units of that constant. Not
-    # as ``norm.value / value``: XLA would merge the divisions, and overflow in it.
-    one = 1 + (norm.value - value) * (1 / value)
-    return shift, threshold / jnp.where(split, part, whole) / one
-
-
-def _scaled(leaf: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """The product in at least float32, rounded once to the leaf's dtype."""
-    dtype = scale.dtype
-    if jnp.iscomplexobj(leaf):
-        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    wide = leaf.astype(dtype) * shift.astype(dtype) * scale.astype(dtype)
-    return wide.astype(leaf.dtype)
+    factors = scale_factors(jnp.where(within, 1, threshold), norm)
+    zero = ~finite if nonfinite == "zero" else None
+    scale = factors[0] * factors[1]
+    if zero is not None:
+        scale = jnp.where(zero, 0, scale)
+    clip = Clip(measured, threshold, scale, finite & ~within, finite)
+    return scaled(list(leaves), factors, within, zero), clip
 
 
 def check_scalar(

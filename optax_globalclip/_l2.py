@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ._leaves import accumulator_dtype
-from ._mesh import Axes, all_reduce, is_local
+from ._mesh import Axes, all_reduce
+from ._sum import Packed, add, sum_over
 
-# The most entries of a leaf that is packed with others before it is reduced.
-_SMALL = 4096
+# The dtypes whose squares XLA on CPU fuses into their sum.
+_FUSED = (jnp.float32, jnp.bfloat16, jnp.float64)
 
 
 class ScaledNorm(NamedTuple):
@@ -111,8 +112,8 @@ def _scaled_sums(leaves: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     The middle one is all that counts unless it left the range of floats. Sums of
     several devices can be added entry by entry, even where only some of them did.
     """
-    limits = _Range.of(dtype)
-    total = _sum_of_squares(leaves, dtype)
+    limits, packed = _Range.of(dtype), Packed.of(leaves)
+    total = _sum_of_squares(packed, dtype)
 
     def keep() -> jax.Array:
         root = jnp.sqrt(total)
@@ -122,7 +123,7 @@ def _scaled_sums(leaves: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     def rescue() -> jax.Array:
         small = total < 1
         scale = jnp.where(small, limits.grow, limits.shrink).astype(dtype)
-        rescued = _sum_of_squares(leaves, dtype, scale)
+        rescued = _sum_of_squares(packed, dtype, scale)
         shrunk = jnp.where(small, 0, rescued)
         grown = jnp.where(small, rescued, math.inf)
         return jnp.stack([shrunk, total, grown])
@@ -131,39 +132,19 @@ def _scaled_sums(leaves: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
 
 
 def _sum_of_squares(
-    leaves: Sequence[jax.Array], dtype: jnp.dtype, scale: jax.Array | None = None
+    leaves: Packed, dtype: jnp.dtype, scale: jax.Array | None = None
 ) -> jax.Array:
     """The sum of squares of all entries, each first multiplied by ``scale``."""
-    parts = [part.astype(dtype) for leaf in leaves for part in _real_parts(leaf)]
-    parts = _packed(parts)
-    if scale is not None:
-        parts = [_scaled_modulus(part, scale) for part in parts]
-    return add([sum_entries(jnp.square(part)) for part in parts])
 
+    def squares(leaf: jax.Array) -> jax.Array:
+        parts = [part.astype(dtype) for part in _real_parts(leaf)]
+        if scale is not None:
+            parts = [_scaled_modulus(part, scale) for part in parts]
+        return add(list(map(jnp.square, parts)))
 
-def sum_entries(leaf: jax.Array) -> jax.Array:
-    """The sum of a leaf, to within a few units of its precision.
-
-    XLA on CPU adds fewer than about 4,096 floats one after the other, and more of
-    them in a tree. So a small leaf is padded with zeros: the norm of 3,000 equal
-    entries was off by 3e-6 without, by 3e-8 with them (jax 0.10.2). To go when XLA
-    adds small ones in a tree too.
-    """
-    if leaf.size < 2 * _SMALL and is_local(leaf):
-        leaf = jnp.pad(leaf.ravel(), (0, 2 * _SMALL - leaf.size))
-    return jnp.sum(leaf)
-
-
-def _packed(parts: list[jax.Array]) -> list[jax.Array]:
-    """The parts, with all small ones joined into one.
-
-    XLA spends its compile time on reductions, and each is a call at run time.
-    """
-    small = [part for part in parts if part.size <= _SMALL]
-    if len(small) < 2 or not all(map(is_local, parts)):
-        return parts
-    packed = jnp.concatenate([part.ravel() for part in small])
-    return [packed] + [part for part in parts if part.size > _SMALL]
+    return sum_over(
+        leaves, squares, fused=lambda leaf: scale is None and leaf.dtype in _FUSED
+    )
 
 
 def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -184,15 +165,6 @@ def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:
 def _real_parts(leaf: jax.Array) -> tuple[jax.Array, ...]:
     """What adds up to the square of the modulus of a complex leaf, when squared."""
     return (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
-
-
-def add(values: Sequence[jax.Array]) -> jax.Array:
-    """The sum, in pairs, so that rounding grows with the logarithm of their number."""
-    values = list(values)
-    while len(values) > 1:
-        pairs = zip(values[0::2], values[1::2], strict=False)
-        values = [a + b for a, b in pairs] + values[len(values) // 2 * 2 :]
-    return values[0]
 
 
 def _by_axes(

@@ -34,6 +34,10 @@ def split_leaves(
     Raises:
       TypeError: naming the path and dtype of a leaf that has no norm.
     """
+    leaves, treedef = jax.tree.flatten(updates)
+    if all(map(_is_inexact_array, leaves)):
+        # By far the most common tree, and most of what a call costs outside ``jit``.
+        return leaves, treedef.unflatten
     leaves, treedef = jax.tree.flatten(updates, is_leaf=_is_sparse)
     leaves = [_unwrapped(leaf) for leaf in leaves]
     counted = [i for i, leaf in enumerate(leaves) if not is_float0(leaf)]
@@ -59,6 +63,10 @@ def accumulator_dtype(leaves: Sequence[chex.Array]) -> jnp.dtype:
 def is_float0(leaf: object) -> bool:
     """Whether the leaf is the tangent of an integer, which holds no numbers."""
     return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
+def _is_inexact_array(leaf: object) -> bool:
+    return isinstance(leaf, jax.Array) and _is_inexact(leaf.dtype)
 
 
 def _is_sparse(leaf: object) -> bool:

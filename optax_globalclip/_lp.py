@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ._l2 import ScaledNorm, add, sum_entries
+from ._l2 import ScaledNorm
 from ._leaves import accumulator_dtype
 from ._mesh import Axes, all_reduce
+from ._sum import add, sum_entries
 
 Ord = float | jax.Array
 

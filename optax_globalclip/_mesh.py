@@ -67,9 +67,23 @@ def all_reduce(
 def is_local(leaf: jax.Array) -> bool:
     """Whether the leaf lies on one device, or is one device's shard.
 
-    What XLA may yet shard is not to be concatenated: it would gather it first.
+    What XLA may yet shard is not to be read in chunks: it would gather it first.
     """
     return set(jax.typeof(leaf).sharding.mesh.axis_types) <= {AxisType.Manual}
+
+
+def by_type(leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """The leaves in groups of one shape, dtype and, as far as is known, sharding.
+
+    Those of a group can be added without moving them between devices. Where XLA has
+    yet to choose the shardings, each leaf is a group of its own.
+    """
+    groups: dict[object, list[jax.Array]] = {}
+    for i, leaf in enumerate(leaves):
+        type_ = jax.typeof(leaf)
+        unknown = AxisType.Auto in type_.sharding.mesh.axis_types
+        groups.setdefault(i if unknown else type_, []).append(leaf)
+    return list(groups.values())
 
 
 def _is_names(node: object) -> TypeGuard[str | Axes]:

@@ -1,0 +1,199 @@
+"""What the compiled code must not hold: copies, and what depends on them.
+
+Times are for the benchmarks. These are their causes, read off what XLA compiled.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from optax_globalclip import clip_by_global_norm, clip_updates, global_norm
+
+COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
+
+
+def step_of(clip):
+    tx = optax.chain(clip, optax.adamw(1e-3))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx.init, jax.jit(step, donate_argnums=(0, 1))
+
+
+def compiled_step(clip, params):
+    init, step = step_of(clip)
+    return step.lower(params, jax.eval_shape(init, params), params).compile()
+
+
+def compiled_clip(clip, updates):
+    state = clip.init(updates)
+    return jax.jit(clip.update, donate_argnums=0).lower(updates, state).compile()
+
+
+def temporary(compiled):
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def abstract(shape, dtype=jnp.float32, sharding=None):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+
+def entry_of(compiled):
+    """What the compiled program runs first; fusions and branches left out."""
+    text = compiled.as_text()
+    return text[text.index("\nENTRY ") :]
+
+
+def collectives(compiled):
+    return re.findall(COLLECTIVES, compiled.as_text())
+
+
+# --- No copy of the gradients.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_holds_no_copy_of_the_gradients(dtype, optax_promotes):
+    params = [abstract((1024, 1024), dtype)] * 8
+    size = 8 * 2**20 * 4
+    # Optax's shows what a copy looks like. (In float32 whatever the dtype.)
+    assert temporary(compiled_step(optax.clip_by_global_norm(1.0), params)) > 0.9 * size
+    assert temporary(compiled_step(clip_by_global_norm(1.0), params)) < 0.1 * size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaled_leaf_is_not_written_before_the_optimizer_reads_it(
+    dtype, optax_promotes
+):
+    params = [abstract((1000 + i, 1024), dtype) for i in range(4)]
+
+    def arrays_written(clip):
+        entry = entry_of(compiled_step(clip, params))
+        written = re.findall(r"= \w+\[100\d,1024\]\S* (?!parameter)\S+\(", entry)
+        return len(written) / len(params)
+
+    # Parameters and two moments.
+    assert arrays_written(clip_by_global_norm(1.0)) == 3
+    assert arrays_written(optax.clip_by_global_norm(1.0)) > 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("size", [2**22, 2**22 + 12345])
+def test_clip_in_place_holds_no_copy(dtype, size):
+    compiled = compiled_clip(clip_by_global_norm(1.0), abstract((size,), dtype))
+    assert temporary(compiled) < 2**20 < size
+
+
+def test_clip_in_place_holds_no_copy_in_float64():
+    with jax.enable_x64(True):
+        leaf = abstract((2**21,), jnp.float64)
+        compiled = compiled_clip(clip_by_global_norm(1.0), leaf)
+    assert temporary(compiled) < 2**20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_medium_leaves_are_not_copied(dtype):
+    tree = [abstract((200, 300), dtype)] * 40
+    compiled = compiled_clip(clip_by_global_norm(1.0), tree)
+    assert temporary(compiled) < 0.1 * 40 * 60000 * 4
+
+
+# --- Few operations.
+
+
+@pytest.mark.parametrize("transform", [False, True])
+def test_many_small_leaves_take_few_reductions(transform):
+    tree = [abstract((1000,))] * 2000
+    tx = clip_by_global_norm(1.0)
+    if transform:
+        compiled = jax.jit(tx.update).lower(tree, tx.init(tree)).compile()
+    else:
+        compiled = jax.jit(global_norm).lower(tree).compile()
+    assert len(re.findall(r" reduce\(", compiled.as_text())) < 100
+
+
+def test_factors_are_not_worked_out_in_the_kernel_of_every_leaf():
+    tree = [abstract((1000 + i,)) for i in range(5)]
+    text = jax.jit(lambda g: clip_updates(g, 1.0)).lower(tree).compile().as_text()
+    kernels = [
+        kernel
+        for kernel in re.findall(r"%fused_computation[^{]*\{.*?\n\}", text, re.DOTALL)
+        if re.search(r"ROOT \S+ = f32\[100\d\]", kernel.replace("{0}", ""))
+        and " select(" in kernel
+    ]
+    assert len(kernels) == 5
+    for kernel in kernels:
+        assert len(re.findall(r" (?:select|multiply)\(", kernel)) == 3
+        assert not re.findall(r" (?:divide|is-finite|sqrt)\(", kernel)
+
+
+def test_plain_norm_reads_each_leaf_once_where_nothing_overflowed():
+    entry = entry_of(jax.jit(global_norm).lower(abstract((2**20,))).compile())
+    (leaf,) = re.findall(r"(%\S+) = f32\[1048576\]\S* parameter", entry)
+    readers = re.findall(rf" ([a-z-]+)\([^()]*{re.escape(leaf)}[,)]", entry)
+    # The sum of squares, and the operands of the branches.
+    assert sorted(readers) in (["fusion", "tuple"], ["conditional", "fusion"])
+
+
+# --- No collective but the one that adds up the devices' sums.
+
+
+def sharded_tree(shape, sharding):
+    return [abstract(shape, sharding=sharding)] * 80
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P("data", "model"), P()])
+@pytest.mark.parametrize("declared", ["by the leaves", "by in_shardings", "by numpy"])
+def test_packing_needs_no_collective(axis_type, spec, declared):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    sharding = NamedSharding(mesh, spec)
+    if declared == "by the leaves":
+        tree, norm = sharded_tree((16, 8), sharding), jax.jit(global_norm)
+    else:
+        tree = [abstract((16, 8))] * 80
+        if declared == "by numpy":
+            tree = [np.ones((16, 8), np.float32)] * 80
+        norm = jax.jit(global_norm, in_shardings=sharding)
+    compiled = norm.lower(tree).compile()
+    assert set(collectives(compiled)) <= {"all-reduce"}
+    assert ("all-reduce" in collectives(compiled)) == (spec != P())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_large_sharded_leaf_is_not_gathered(dtype):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    leaf = abstract((2**20,), dtype, NamedSharding(mesh, P("data")))
+    compiled = compiled_clip(clip_by_global_norm(1.0), leaf)
+    assert set(collectives(compiled)) == {"all-reduce"}
+
+
+def test_shard_map_takes_one_all_reduce_for_small_and_large_leaves():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    norm = jax.shard_map(global_norm, mesh=mesh, in_specs=P("data"), out_specs=P())
+    tree = [abstract((8, 10))] * 70 + [abstract((8, 2**17), jnp.float16)] * 2
+    compiled = jax.jit(norm).lower(tree).compile()
+    assert collectives(compiled) == ["all-reduce"]
+
+
+# --- The same, where the code to compile depends on the machine.
+
+
+def test_lowers_for_other_platforms_without_the_detours_of_the_cpu():
+    tree = [abstract((2**20,), jnp.bfloat16), abstract((2**20,), jnp.float16)]
+    clip = jax.jit(lambda g: clip_updates(g, 1.0))
+    cpu = clip.trace(tree).lower(lowering_platforms=("cpu",)).as_text()
+    assert "shift_left" in cpu
+    assert "dynamic_slice" in cpu
+    for platform in ("cuda", "tpu"):
+        other = clip.trace(tree).lower(lowering_platforms=(platform,)).as_text()
+        assert "shift_left" not in other
+        assert "dynamic_slice" not in other
