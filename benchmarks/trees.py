@@ -1,5 +1,10 @@
 """Trees of the shapes of real models."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
 
 def gpt2_small_shapes() -> dict:
     """The 148 parameters of GPT-2 small: 124 million entries."""
@@ -23,3 +28,49 @@ def gpt2_small_shapes() -> dict:
         "blocks": [block] * 12,
         "norm": norm,
     }
+
+
+def resnet50_shapes() -> dict:
+    """The 161 parameters of ResNet-50: 25.6 million entries."""
+
+    def convolution(size, inputs, outputs):
+        return {
+            "kernel": (size, size, inputs, outputs),
+            "scale": (outputs,),
+            "bias": (outputs,),
+        }
+
+    blocks, inputs = [], 64
+    for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(count):
+            block = {
+                "reduce": convolution(1, inputs, width),
+                "convolve": convolution(3, width, width),
+                "expand": convolution(1, width, 4 * width),
+            }
+            if i == 0:
+                block["shortcut"] = convolution(1, inputs, 4 * width)
+            blocks.append(block)
+            inputs = 4 * width
+    return {
+        "stem": convolution(7, 3, 64),
+        "blocks": blocks,
+        "head": {"kernel": (2048, 1000), "bias": (1000,)},
+    }
+
+
+def normals(shapes: Any, dtype: Any, scale: float = 1.0) -> Any:
+    """A tree of normal entries."""
+    shapes, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    draw = jax.jit(jax.random.normal, static_argnums=1)
+    leaves = [
+        (scale * draw(key, shape)).astype(dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+    return treedef.unflatten(leaves)
+
+
+def num_entries(tree: Any) -> int:
+    """How many numbers there are in it."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,154 @@
+"""How everything is timed: contenders in turn, round after round, and medians."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import rich.progress
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to do what a case is about.
+
+    Attributes:
+      run: does it once and waits for the result. It may return its next argument, for
+        donated ones; the first is what ``start`` returns.
+      start: makes that argument.
+      prepare: what happens to the argument before each call, and is not timed.
+      build_seconds: what tracing, lowering and compiling took, where it is known.
+      temporary_mb: the memory beside arguments and results, where it is known.
+      seconds: of each round, per call.
+    """
+
+    run: Callable[[Any], Any]
+    start: Callable[[], Any] = lambda: None
+    prepare: Callable[[Any], Any] = lambda value: value
+    build_seconds: float | None = None
+    temporary_mb: float | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def median(self) -> float:
+        """The median of all rounds."""
+        return statistics.median(self.seconds)
+
+
+def compiled(
+    function: Callable, *args: Any, donate: tuple[int, ...] = ()
+) -> tuple[Callable, dict[str, Any]]:
+    """The function compiled for such arguments, and what that took.
+
+    Without a cache: neither JAX's of traces nor XLA's of kernels.
+    """
+    jax.clear_caches()
+    start = time.perf_counter()
+    executable = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    memory = executable.memory_analysis()
+    assert memory is not None
+    return executable, {
+        "build_seconds": seconds,
+        "temporary_mb": memory.temp_size_in_bytes / 1e6,
+    }
+
+
+def interleaved(
+    contenders: dict[str, Contender],
+    rounds: int,
+    progress: rich.progress.Progress,
+    *,
+    shared: Any = None,
+) -> None:
+    """Times the contenders in turn, each for at least 20 ms a round.
+
+    Args:
+      contenders: by name; their ``seconds`` are filled.
+      rounds: how often each is timed, after a first call that is not.
+      progress: gets a line that counts the rounds.
+      shared: the first argument of the first, where each takes what the last one
+        returned, as when all of them update the same parameters in place.
+    """
+    own = shared is None
+    values = {name: each.start() for name, each in contenders.items() if own}
+    calls = dict.fromkeys(contenders, 1)
+
+    def timed(name: str) -> float:
+        key, contender = name if own else "shared", contenders[name]
+        value, seconds = values.pop(key), 0.0
+        for _ in range(calls[name]):
+            value = contender.prepare(value)
+            start = time.perf_counter()
+            value = contender.run(value)
+            seconds += time.perf_counter() - start
+        values[key] = value
+        return seconds / calls[name]
+
+    if not own:
+        values["shared"] = shared
+
+    for name in contenders:
+        timed(name)
+        calls[name] = max(1, round(0.02 / timed(name)))
+    task = progress.add_task("  rounds", total=rounds)
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            contender.seconds.append(timed(name))
+        progress.advance(task)
+    progress.remove_task(task)
+
+
+def rows(
+    case: str,
+    dtype: str,
+    contenders: dict[str, Contender],
+    *,
+    beside: str | None = None,
+    reference: str = "optax",
+) -> list[dict[str, Any]]:
+    """What was measured, one row a contender.
+
+    Args:
+      case: what was done.
+      dtype: on leaves of which dtype.
+      contenders: those timed.
+      beside: the contender whose time is subtracted, round by round, from that of
+        the others, to give what they add to it.
+      reference: the contender that the ratios are to.
+    """
+
+    def differences(name: str) -> list[float]:
+        own = contenders[name].seconds
+        if beside is None:
+            return own
+        return [a - b for a, b in zip(own, contenders[beside].seconds, strict=True)]
+
+    def ratio(name: str) -> float:
+        if beside is not None:  # Differences may be about zero in a noisy round.
+            own, other = map(differences, (name, reference))
+            return statistics.median(own) / statistics.median(other)
+        pairs = zip(
+            contenders[name].seconds, contenders[reference].seconds, strict=True
+        )
+        return statistics.median(a / b for a, b in pairs)
+
+    found = []
+    for name, contender in contenders.items():
+        added = round(1e3 * statistics.median(differences(name)), 3)
+        temporary, build = contender.temporary_mb, contender.build_seconds
+        found.append(
+            {
+                "case": case,
+                "dtype": dtype,
+                "contender": name,
+                "milliseconds": round(1e3 * contender.median(), 3),
+                "added_milliseconds": None if beside is None else added,
+                "ratio": round(ratio(name), 3),
+                "ratio_to": reference,
+                "temporary_mb": None if temporary is None else round(temporary, 2),
+                "build_seconds": None if build is None else round(build, 3),
+            }
+        )
+    return found

@@ -1,0 +1,93 @@
+"""The benchmarks time what they say, on trees small enough for a test."""
+
+import itertools
+import json
+import pathlib
+import time
+
+import jax
+import pytest
+import rich.progress
+
+from benchmarks import cases, figure, report
+from benchmarks.__main__ import plan, table
+from benchmarks.measure import Contender, interleaved, rows
+from benchmarks.trees import gpt2_small_shapes, resnet50_shapes
+
+RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.fixture
+def progress():
+    return rich.progress.Progress(disable=True)
+
+
+def test_contenders_take_turns_and_share_what_is_updated_in_place(progress):
+    calls = []
+
+    def contender(name):
+        return Contender(lambda value: calls.append(name) or value + 1)
+
+    contenders = {"a": contender("a"), "b": contender("b")}
+    interleaved(contenders, 3, progress, shared=0)
+    # Once to warm up, and then in three rounds.
+    assert [name for name, _ in itertools.groupby(calls)] == ["a", "b"] * 4
+    assert all(len(each.seconds) == 3 for each in contenders.values())
+
+
+def test_preparations_are_not_timed(progress):
+    slow = Contender(lambda value: value, prepare=lambda _: time.sleep(0.01))
+    # One call a round.
+    slow.run = lambda _: time.sleep(0.03)
+    interleaved({"slow": slow}, 2, progress)
+    assert all(0.03 <= seconds < 0.04 for seconds in slow.seconds)
+
+
+def test_what_is_added_is_the_difference_in_each_round():
+    contenders = {
+        "none": Contender(lambda _: None, seconds=[1.0, 2.0, 9.0]),
+        "optax": Contender(lambda _: None, seconds=[3.0, 4.0, 9.5]),
+        "ours": Contender(lambda _: None, seconds=[1.5, 2.5, 9.5]),
+    }
+    found = rows("added", "float32", contenders, beside="none")
+    assert [row["added_milliseconds"] for row in found] == [0, 2000, 500]
+    assert [row["ratio"] for row in found] == [0, 1, 0.25]
+
+
+@pytest.mark.parametrize("optimizer", list(cases.OPTIMIZERS))
+def test_every_optimizer_runs(optimizer, progress, optax_promotes):
+    found = cases.added_to_step(optimizer, [(130, 140)], "float32", 2, progress)
+    assert [r["contender"] for r in found] == ["none", "optax", "ours", "floor"]
+    assert all(row["milliseconds"] > 0 for row in found)
+    assert found[1]["temporary_mb"] is not None
+
+
+def test_clip_alone_table_and_figure(tmp_path, progress, optax_promotes):
+    found = cases.alone("clip alone, small", (100, 3), "float32", 2, progress)
+    found += cases.added_to_step("AdamW", [(10, 10)], "float32", 2, progress)
+    found += cases.against_parameters([160, 320], 2, progress)
+    found += cases.against_leaves([1, 2], progress)
+    assert table(found).row_count == len(found)
+    figure.draw({"machine": "a test", "rows": found}, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    lines = report.lines({"rows": found})
+    assert len(lines) == 2
+    assert lines[0].startswith("| clip alone, small, float32 | ")
+
+
+def test_trees_have_the_sizes_of_the_models():
+    def sizes(shapes):
+        shapes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+        return len(shapes), sum(jax.numpy.prod(jax.numpy.array(s)) for s in shapes)
+
+    assert sizes(gpt2_small_shapes()) == (148, 124_439_808)
+    assert sizes(resnet50_shapes()) == (161, 25_557_032)
+
+
+def test_results_hold_every_case_of_the_plan():
+    written = json.loads((RESULTS / "cpu-2-cores.json").read_text())
+    timed = {(row["case"], row["dtype"]) for row in written["rows"]}
+    for optimizer in cases.OPTIMIZERS:
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert (f"added to {optimizer}", dtype) in timed
+    assert len(plan(quick=True)) < len(plan(quick=False))
