@@ -115,12 +115,7 @@ def alone(
 
 def _in_place(tx: optax.GradientTransformation, tree: Any, donate: bool) -> Contender:
     state = tx.init(tree)
-    executable, built = compiled(
-        lambda updates, state: tx.update(updates, state),
-        tree,
-        state,
-        donate=(0,) if donate else (),
-    )
+    executable, built = compiled(tx.update, tree, state, donate=(0,) if donate else ())
 
     def run(updates: Any) -> Any:
         return jax.block_until_ready(executable(updates, state))[0]
@@ -139,23 +134,26 @@ def _in_place(tx: optax.GradientTransformation, tree: Any, donate: bool) -> Cont
 
 def reader(tree: Any) -> Callable[[], None]:
     """One read of as many bytes as the tree has, in float32: a sum of squares."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // 4
-    memory = jnp.ones(size)
+    memory = _as_many_bytes(tree)
     executable, _ = compiled(lambda x: jnp.sum(jnp.square(x)), memory)
     return lambda: executable(memory).block_until_ready()
 
 
 def _read_and_scale(tree: Any) -> Contender:
     """A read of as many bytes as the tree has, then a read and a write of them."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // 4
-    read = reader(tree)
-    scale, _ = compiled(lambda x: x * np.float32(0.999), jnp.ones(size), donate=(0,))
+    read, memory = reader(tree), _as_many_bytes(tree)
+    scale, _ = compiled(lambda x: x * np.float32(0.999), memory, donate=(0,))
 
     def run(value: jax.Array) -> jax.Array:
         read()
         return scale(value).block_until_ready()
 
-    return Contender(run, lambda: jnp.ones(size))
+    return Contender(run, lambda: memory)
+
+
+def _as_many_bytes(tree: Any) -> jax.Array:
+    """Ones in float32, which take as many bytes as the tree."""
+    return jnp.ones(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // 4)
 
 
 def many_leaves(

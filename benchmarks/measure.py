@@ -72,7 +72,9 @@ def interleaved(
         returned, as when all of them update the same parameters in place.
     """
     own = shared is None
-    values = {name: each.start() for name, each in contenders.items() if own}
+    values: dict[str, Any] = {"shared": shared}
+    if own:
+        values = {name: each.start() for name, each in contenders.items()}
     calls = dict.fromkeys(contenders, 1)
 
     def timed(name: str) -> float:
@@ -85,9 +87,6 @@ def interleaved(
             seconds += time.perf_counter() - start
         values[key] = value
         return seconds / calls[name]
-
-    if not own:
-        values["shared"] = shared
 
     for name in contenders:
         timed(name)
