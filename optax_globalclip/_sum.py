@@ -22,6 +22,8 @@ AddValues = Callable[[list[jax.Array]], jax.Array]
 _SMALL, _PACK = 4096, 64
 # The most entries in a chunk of a leaf: 256 KB of float32 stay in the cache.
 _CHUNK = 65536
+# The most entries of a leaf that is: its chunks are found by int32 indices.
+_INDEXED = 2**31 - _CHUNK
 # How many arrays are added one by one: leaves of one type, chunks of one leaf.
 _ADDENDS = 16
 # XLA on CPU adds fewer floats than about 4,096 one after the other.
@@ -73,7 +75,8 @@ def sum_over(
 
     sums = [sum_entries(values(pack)) for pack in leaves.packs]
     for alike in by_type(leaves.large):
-        if fused(alike[0]) or not is_local(alike[0]):
+        first = alike[0]
+        if fused(first) or first.size > _INDEXED or not is_local(first):
             sums += [sum_entries(values(leaf)) for leaf in alike]
         else:
             for i in range(0, len(alike), _ADDENDS):

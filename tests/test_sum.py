@@ -86,6 +86,14 @@ def test_one_bad_entry_is_found_in_any_chunk(dtype, place):
     assert global_norm(leaf) == 3
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("size", [2**31 - 65536, 2**31 - 65535, 3 * 2**30])
+def test_leaf_with_more_entries_than_int32_counts(dtype, size):
+    leaf = jax.ShapeDtypeStruct((size,), jnp.dtype(dtype))
+    text = jax.jit(global_norm).lower(leaf).as_text()
+    assert ("dynamic_slice" in text) == (size <= 2**31 - 65536)
+
+
 def test_mapped_over_examples():
     batch = entries(3 * 70000, "float16").reshape(3, 70000)
     norms = jax.vmap(global_norm)(batch)
