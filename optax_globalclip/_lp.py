@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from ._l2 import ScaledNorm
 from ._leaves import accumulator_dtype
-from ._mesh import Axes, all_reduce
-from ._sum import add, sum_entries
+from ._mesh import Axes, all_reduce, by_axes
+from ._sum import add, sum_across, sum_entries
 
 Ord = float | jax.Array
 
@@ -24,8 +24,8 @@ def lp_norm(
         largest = _max_norm(moduli, axes)
         return ScaledNorm(largest, jnp.ones_like(largest))
     unit = _as_unit(_max_norm(jax.lax.stop_gradient(moduli), axes))
-    sums = _power_sums(moduli, [unit] * len(moduli), ord, axes)
-    return ScaledNorm(_power(add(sums), 1 / ord), unit)
+    sums = _power_sums(moduli, [unit] * len(moduli), ord)
+    return ScaledNorm(_power(sum_across(sums, axes, add), 1 / ord), unit)
 
 
 def lp_norms(
@@ -34,9 +34,10 @@ def lp_norms(
     """The norm of each leaf, of any order of at least 1, which may be traced."""
     moduli = _moduli(leaves)
     if _is_inf(ord):
-        return _largest(moduli, axes)
-    units = list(map(_as_unit, _largest(jax.lax.stop_gradient(moduli), axes)))
-    sums = _power_sums(moduli, units, ord, axes)
+        return all_reduce(_largest(moduli), axes, jax.lax.pmax)
+    largest = _largest(jax.lax.stop_gradient(moduli))
+    units = list(map(_as_unit, all_reduce(largest, axes, jax.lax.pmax)))
+    sums = all_reduce(_power_sums(moduli, units, ord), axes, jax.lax.psum)
     return [
         _power(total, 1 / ord) * unit for total, unit in zip(sums, units, strict=True)
     ]
@@ -51,10 +52,9 @@ def _moduli(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     return [jnp.abs(leaf).astype(dtype) for leaf in leaves]
 
 
-def _largest(moduli: list[jax.Array], axes: tuple[Axes, ...]) -> list[jax.Array]:
+def _largest(moduli: list[jax.Array]) -> list[jax.Array]:
     """Each leaf's largest entry, 0 if it has none."""
-    largest = [jnp.max(modulus, initial=0) for modulus in moduli]
-    return all_reduce(largest, axes, jax.lax.pmax)
+    return [jnp.max(modulus, initial=0) for modulus in moduli]
 
 
 def _as_unit(largest: jax.Array) -> jax.Array:
@@ -63,14 +63,13 @@ def _as_unit(largest: jax.Array) -> jax.Array:
 
 
 def _power_sums(
-    moduli: list[jax.Array], units: list[jax.Array], ord: Ord, axes: tuple[Axes, ...]
+    moduli: list[jax.Array], units: list[jax.Array], ord: Ord
 ) -> list[jax.Array]:
     """Each leaf's sum of powers of its entries in its unit."""
-    sums = [
+    return [
         sum_entries(_power(modulus / unit, ord))
         for modulus, unit in zip(moduli, units, strict=True)
     ]
-    return all_reduce(sums, axes, jax.lax.psum)
 
 
 def _power(x: jax.Array, exponent: Ord) -> jax.Array:
@@ -83,7 +82,11 @@ def _power(x: jax.Array, exponent: Ord) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _max_norm(moduli: list[jax.Array], axes: tuple[Axes, ...]) -> jax.Array:
-    return functools.reduce(jnp.maximum, _largest(moduli, axes))
+    largest = functools.partial(functools.reduce, jnp.maximum)
+    groups = by_axes(_largest(moduli), axes)
+    return largest(
+        all_reduce(list(map(largest, groups.values())), list(groups), jax.lax.pmax)
+    )
 
 
 @_max_norm.defjvp
@@ -93,6 +96,6 @@ def _max_norm_jvp(axes, primals, tangents):
     largest = _max_norm(moduli, axes)
     ties = [(modulus == largest).astype(largest.dtype) for modulus in moduli]
     slopes = [jnp.sum(tie * t) for tie, t in zip(ties, tangents, strict=True)]
-    count = add(all_reduce([jnp.sum(tie) for tie in ties], axes, jax.lax.psum))
-    slope = add(all_reduce(slopes, axes, jax.lax.psum))
+    count = sum_across(list(map(jnp.sum, ties)), axes, add)
+    slope = sum_across(slopes, axes, add)
     return largest, jnp.where(largest > 0, slope / jnp.maximum(count, 1), 0)

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from ._l2 import ScaledNorm, l2_norm
 from ._leaves import accumulator_dtype, is_float0, split_leaves
 from ._lp import Ord, lp_norm, lp_norms
-from ._mesh import Axes, AxisName, leaf_axes
+from ._mesh import Axes, AxisName, leaf_axes, on_shards, reduced
 
 
 @jax.tree_util.register_static
@@ -142,9 +142,7 @@ def measure(
     """The global norm of the leaves, each sharded over its own manual mesh axes."""
     if not leaves:
         return ScaledNorm(jnp.float32(0), jnp.float32(1))
-    if isinstance(ord, StaticOrd) and ord.value == 2:
-        return l2_norm(leaves, axes)
-    return lp_norm(leaves, _exponent(ord), axes)
+    return on_shards(_measure, leaves, axes, ord)
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -154,7 +152,18 @@ def _global_norm(leaves, ord, axes):
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _leaf_norms(leaves, ord, axes):
-    norms = lp_norms(leaves, _exponent(ord), axes)
+    return on_shards(_measure_each, leaves, axes, ord)
+
+
+def _measure(leaves, axes, ord):
+    leaves = list(map(reduced, leaves))
+    if isinstance(ord, StaticOrd) and ord.value == 2:
+        return l2_norm(leaves, axes)
+    return lp_norm(leaves, _exponent(ord), axes)
+
+
+def _measure_each(leaves, axes, ord):
+    norms = lp_norms(list(map(reduced, leaves)), _exponent(ord), axes)
     return [
         norm.astype(accumulator_dtype([leaf]))
         for norm, leaf in zip(norms, leaves, strict=True)

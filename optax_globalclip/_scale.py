@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._l2 import ScaledNorm
+from ._mesh import factor_of, is_unreduced
 
 Factors = tuple[jax.Array, jax.Array]
 
@@ -70,7 +71,8 @@ def _scaled_jvp(primals, tangents):
 
 
 def _scaled_leaf(leaf, factors, keep, zero):
-    if leaf.dtype != jnp.bfloat16 or factors[1].dtype != jnp.float32:
+    bits = leaf.dtype == jnp.bfloat16 and factors[1].dtype == jnp.float32
+    if not bits or is_unreduced(leaf):
         return _product(leaf, factors, keep, zero)
     return jax.lax.platform_dependent(
         leaf, factors, keep, zero, cpu=_product_by_bits, default=_product
@@ -83,7 +85,7 @@ def _product(leaf, factors, keep, zero):
     dtype = factors[1].dtype
     if jnp.iscomplexobj(leaf):
         dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    shift, scale = (factor.astype(dtype) for factor in factors)
+    shift, scale = (factor_of(leaf, factor.astype(dtype)) for factor in factors)
     product = (leaf.astype(dtype) * shift * scale).astype(leaf.dtype)
     # Selected, not multiplied by 1 or by 0: the one turns subnormal entries into
     # zeros on CPU, the other leaves NaN entries NaN.

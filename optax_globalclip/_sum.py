@@ -7,15 +7,16 @@ not. What is done about that is here. Figures are from two CPU cores and jax 0.1
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mesh import by_type, is_local
+from ._mesh import Axes, all_reduce, by_axes, by_type, is_local, varying_as
 
 Values = Callable[[jax.Array], jax.Array]
+_Item = TypeVar("_Item")
 AddValues = Callable[[list[jax.Array]], jax.Array]
 
 # Leaves of at most so many entries are stacked, so many of them at a time.
@@ -84,6 +85,24 @@ def sum_over(
     return add(sums)
 
 
+def sum_across(
+    items: Sequence[_Item],
+    axes: Sequence[Axes],
+    sum_of: Callable[[list[_Item]], jax.Array],
+) -> jax.Array:
+    """The sum over all devices, with one all-reduce for each set of mesh axes.
+
+    Args:
+      items: at least one.
+      axes: the manual mesh axes over which each is split.
+      sum_of: the sum over one device's part of the items split over the same axes;
+        a small array.
+    """
+    groups = by_axes(items, axes)
+    sums = [sum_of(group) for group in groups.values()]
+    return add(all_reduce(sums, list(groups), lax.psum))
+
+
 def sum_entries(array: jax.Array) -> jax.Array:
     """The sum of the entries of an array, to within a few units of its precision.
 
@@ -134,14 +153,18 @@ def _sum_in_chunks(leaves: list[jax.Array], *, add_values: AddValues) -> jax.Arr
         slices = [_slice(leaf, start, length, i) for leaf in leaves]
         return jnp.where(fresh, add_values(slices), 0)
 
+    # Not the first chunk: its code would be compiled twice, which for 723 leaves of
+    # 70 billion entries takes 15 s for 9.
+    none = varying_as(
+        leaves[0], jnp.zeros(length, jax.eval_shape(add_values, leaves).dtype)
+    )
+
     def block(i: jax.Array) -> jax.Array:
         # Few enough chunks that adding them one after the other costs no precision.
         first = i * _ADDENDS
         last = jnp.minimum(first + _ADDENDS, chunks)
         return sum_entries(
-            lax.fori_loop(
-                first + 1, last, lambda j, sum_: sum_ + chunk(j), chunk(first)
-            )
+            lax.fori_loop(first, last, lambda j, sum_: sum_ + chunk(j), none)
         )
 
     blocks = -(-chunks // _ADDENDS)

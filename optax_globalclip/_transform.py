@@ -17,7 +17,7 @@ from ._clip import (
     norm_of,
 )
 from ._leaves import split_leaves
-from ._mesh import AxisName, leaf_axes
+from ._mesh import AxisName, leaf_axes, replicated
 from ._norm import as_ord
 from ._threshold import MaxNorm, ThresholdState, as_threshold
 
@@ -63,7 +63,8 @@ def clip_by_global_norm(
 
     * it has the same structure, shapes and dtypes from ``init`` and from every
       update, with and without ``jax_enable_x64``;
-    * ``init`` looks at no parameter: it takes None and abstract arrays as well;
+    * it lies, from ``init`` on, on every device of the mesh that the parameters are on;
+    * ``init`` looks at no value: it takes None and abstract arrays as well;
     * ``None`` or ``optax.EmptyState()`` in its place, as in a bare call or in a
       checkpoint written with Optax's clip, stands for the state before any update.
 
@@ -112,15 +113,17 @@ def clip_by_global_norm(
     check_nonfinite(nonfinite)
 
     def init_fn(params: optax.Params) -> ClipByGlobalNormState:
-        del params
+        device = replicated(params)
+        scalar = functools.partial(jnp.full, (), device=device)
+        threshold_state = () if threshold is None else threshold.init()
         return ClipByGlobalNormState(
-            global_norm=jnp.zeros((), jnp.float32),
-            clip_scale=jnp.ones((), jnp.float32),
-            threshold=jnp.full((), jnp.inf, jnp.float32),
-            num_updates=jnp.zeros((), jnp.int32),
-            num_clipped=jnp.zeros((), jnp.int32),
-            num_nonfinite=jnp.zeros((), jnp.int32),
-            threshold_state=() if threshold is None else threshold.init(),
+            global_norm=scalar(0, jnp.float32),
+            clip_scale=scalar(1, jnp.float32),
+            threshold=scalar(jnp.inf, jnp.float32),
+            num_updates=scalar(0, jnp.int32),
+            num_clipped=scalar(0, jnp.int32),
+            num_nonfinite=scalar(0, jnp.int32),
+            threshold_state=jax.device_put(threshold_state, device),
         )
 
     def update_fn(

@@ -1,4 +1,4 @@
-"""The float64 NumPy oracle, and the trees that tests are run on."""
+"""The float64 NumPy oracle, and the trees and meshes that tests are run on."""
 
 import contextlib
 import math
@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType
 
 FLOATS = {
     "float16": np.dtype(np.float16),
@@ -105,6 +106,12 @@ def _arrays(name: str) -> st.SearchStrategy:
         return wide.map(lambda array: jnp.asarray(array.astype(dtype)))
 
     return st.integers(int(info.minexp) + 1, int(info.maxexp)).flatmap(at_magnitude)
+
+
+def mesh(*axis_types: AxisType) -> jax.sharding.Mesh:
+    """Eight devices, as axes x of 4 and y of 2, of the types given: auto if none."""
+    types = axis_types or (AxisType.Auto,)
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=types * (2 // len(types)))
 
 
 @contextlib.contextmanager
