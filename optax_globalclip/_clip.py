@@ -14,9 +14,10 @@ import optax
 from jax.core import Tracer
 from jax.experimental import checkify
 
+from ._axis_name import AxisName, leaf_axes
 from ._l2 import ScaledNorm
 from ._leaves import accumulator_dtype, split_leaves
-from ._mesh import Axes, AxisName, leaf_axes
+from ._mesh import Axes
 from ._norm import StaticOrd, as_ord, measure
 from ._scale import scale_factors, scaled
 

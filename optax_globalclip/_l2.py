@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._leaves import accumulator_dtype
-from ._mesh import Axes, is_local
+from ._mesh import Axes, is_local, varying_axes
 from ._sum import Packed, add, sum_across, sum_over
 
 # The dtypes whose squares XLA on CPU fuses into their sum.
@@ -169,9 +169,18 @@ def _sum_by_xla(
         scale = jnp.where(state.turn == 0, limits.scale_for(total), state.scale)
         return _Turn(state.turn + 1, scale, total)
 
-    one = jnp.ones((), dtype)
+    one = jax.lax.pcast(jnp.ones((), dtype), _still_varying(leaves, axes), to="varying")
     last = jax.lax.while_loop(again, sum_up, _Turn(jnp.int32(0), one, one))
     return last.total, last.scale
+
+
+def _still_varying(leaves: Sequence[jax.Array], axes: tuple[Axes, ...]) -> Axes:
+    """The manual axes over which sums differ even when added up over ``axes``."""
+    left = (
+        set(varying_axes(leaf)).difference(own)
+        for leaf, own in zip(leaves, axes, strict=True)
+    )
+    return tuple(sorted(set().union(*left)))
 
 
 class _Turn(NamedTuple):

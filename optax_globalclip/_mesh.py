@@ -1,4 +1,4 @@
-"""Mesh axes: over which ones a leaf is split, and sums across them.
+"""Mesh axes: over which ones a leaf is split, as its type tells, and sums across them.
 
 In ``shard_map`` and ``pmap`` a leaf is one device's shard, and a sum must say over
 which axes it goes on. Where the axes are explicit, the types of the leaves tell as
@@ -7,7 +7,7 @@ leaves are split, and sums across devices by itself.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import chex
 import jax
@@ -17,44 +17,15 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ._leaves import is_float0
-
 Axes = tuple[str, ...]
-AxisName = str | Axes | chex.ArrayTree | None
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_WHAT_TO_PASS = (
-    "Pass a name, a tuple of names, or a tree prefix of the updates with one of them "
-    "for each leaf; () says that every device holds the whole leaf."
-)
 
-
-def leaf_axes(
-    leaves: Sequence[chex.Array], updates: optax.Updates, axis_name: AxisName
-) -> tuple[Axes, ...]:
-    """The manual mesh axes over which each leaf is one shard of a larger array.
-
-    Args:
-      leaves: the leaves of ``updates`` that count.
-      updates: the tree that they come from.
-      axis_name: ``None`` to read the axes off each leaf's type, else a name, a
-        tuple of names, or a tree prefix of them.
-
-    Raises:
-      NameError: for a name that no ``shard_map``, ``pmap`` or ``vmap`` binds.
-      ValueError: for a leaf that a tree prefix has no names for.
-    """
-    if axis_name is None:
-        return tuple(_varying_axes(leaf) for leaf in leaves)
-    named = _named_axes(updates, axis_name)
-    typed = {name: _has_type(name) for name in {name for own in named for name in own}}
-    return tuple(
-        # A sum over an axis that a leaf does not vary over would count it repeatedly.
-        tuple(name for name in own if not typed[name] or name in _varying_axes(leaf))
-        for leaf, own in zip(leaves, named, strict=True)
-    )
+def varying_axes(leaf: chex.Array) -> Axes:
+    """The manual axes over which the leaf differs, as far as its type tells."""
+    return _manual_type(leaf, "varying")
 
 
 def on_shards(
@@ -89,7 +60,7 @@ def on_shards(
     ]
 
     def measure_shards(leaves: list[jax.Array], *args: Any) -> _Result:
-        return measure(leaves, tuple(map(_varying_axes, leaves)), *args)
+        return measure(leaves, tuple(map(varying_axes, leaves)), *args)
 
     return jax.shard_map(
         measure_shards,
@@ -154,11 +125,6 @@ def factor_of(leaf: jax.Array, scalar: jax.Array) -> jax.Array:
     return scalar
 
 
-def varying_as(leaf: jax.Array, array: jax.Array) -> jax.Array:
-    """The array, typed to vary over the manual axes over which the leaf does."""
-    return lax.pcast(array, _varying_axes(leaf), to="varying")
-
-
 def replicated(params: optax.Params | None) -> NamedSharding | None:
     """Every device of the mesh that the parameters lie on; None if on none so far."""
     for leaf in jax.tree.leaves(params):
@@ -190,65 +156,6 @@ def by_type(leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
         unknown = AxisType.Auto in type_.sharding.mesh.axis_types
         groups.setdefault(i if unknown else type_, []).append(leaf)
     return list(groups.values())
-
-
-def _named_axes(updates: optax.Updates, axis_name: AxisName) -> list[Axes]:
-    """The names given for each leaf that counts."""
-    given = {
-        path: _as_axes(path, names)
-        for path, names in jax.tree.leaves_with_path(axis_name, is_leaf=_is_names)
-    }
-    named = []
-    for path, leaf in jax.tree.leaves_with_path(updates):
-        if is_float0(leaf):
-            continue
-        prefixes = [path[:i] for i in range(len(path) + 1) if path[:i] in given]
-        if not prefixes:
-            raise ValueError(
-                f"axis_name={axis_name!r} has no names for "
-                f"updates{jax.tree_util.keystr(path)}. {_WHAT_TO_PASS}"
-            )
-        named.append(given[prefixes[0]])
-    return named
-
-
-def _is_names(node: object) -> TypeGuard[Axes | None]:
-    return node is None or (
-        isinstance(node, tuple) and all(isinstance(name, str) for name in node)
-    )
-
-
-def _as_axes(path: tuple, names: object) -> Axes:
-    if isinstance(names, str):
-        return (names,)
-    if not _is_names(names):
-        raise ValueError(
-            f"axis_name{jax.tree_util.keystr(path)} is {names!r}. {_WHAT_TO_PASS}"
-        )
-    return tuple(sorted(set(names or ())))
-
-
-def _has_type(name: str) -> bool:
-    """Whether the types of leaves tell if they vary over this axis."""
-    try:
-        return name in _varying_axes(lax.axis_index(name))
-    except NameError:
-        manual = _axes_of(jax.sharding.get_abstract_mesh(), AxisType.Manual)
-        raise NameError(
-            f"axis_name={name!r} is not bound here, where the manual mesh axes are "
-            f"{sorted(manual)}. Pass one of those, in pmap or in shard_map with "
-            "check_vma=False. Leave axis_name out elsewhere: under plain jit the norm "
-            "is global already."
-        ) from None
-
-
-def _axes_of(mesh: jax.sharding.AbstractMesh, type_: AxisType) -> set[str]:
-    names = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name for name, own in names if own == type_}
-
-
-def _varying_axes(leaf: chex.Array) -> Axes:
-    return _manual_type(leaf, "varying")
 
 
 def _manual_type(leaf: chex.Array, kind: str) -> Axes:

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from ._axis_name import AxisName, leaf_axes
 from ._l2 import ScaledNorm, l2_norm
 from ._leaves import accumulator_dtype, is_float0, split_leaves
 from ._lp import Ord, lp_norm, lp_norms
-from ._mesh import Axes, AxisName, leaf_axes, on_shards, reduced
+from ._mesh import Axes, on_shards, reduced
 
 
 @jax.tree_util.register_static
@@ -39,7 +40,10 @@ def global_norm(
       complex128, whatever the dtypes of the leaves.
     * The norm is right for every tree of finite entries whose norm is a normal float
       of the result's dtype: entries whose powers overflow or underflow are rescaled.
-      (For orders other than 2, XLA on CPU reads subnormal entries as zero.)
+      (For orders other than 2, and where auto mesh axes leave the sharding to XLA, it
+      reads subnormal entries as zero on CPU.)
+    * It is the norm of whole leaves however they are sharded, at one all-reduce for
+      all leaves split over the same mesh axes (XLA merges fewer where axes are auto).
     * It can be differentiated twice. Its gradient at zero is zero.
     * Outside ``jit`` it is one compiled call.
 
@@ -61,14 +65,17 @@ def global_norm(
         the largest modulus. A traced scalar is accepted, and costs a second read.
       axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the
         mesh axes over which leaves are sharded, as a name, a tuple of names, or
-        a tree prefix of them. Elsewhere it is found from the types of the leaves.
+        a tree prefix of them; ``()`` for leaves that every device holds whole, as
+        it is for all if nothing is passed. Elsewhere the types of the leaves tell.
 
     Returns:
       A float32 scalar; float64 if any leaf is float64 or complex128.
 
     Raises:
       TypeError: for an integer, bool or other leaf without a norm, by its path.
-      ValueError: if ``ord`` is less than 1 or NaN.
+      ValueError: if ``ord`` is less than 1 or NaN, or ``axis_name`` a tree that has no
+        names for a leaf.
+      NameError: for an axis that no ``pmap``, ``shard_map`` or ``vmap`` binds.
 
     Example:
       >>> import jax.numpy as jnp

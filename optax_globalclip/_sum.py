@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mesh import Axes, all_reduce, by_axes, by_type, is_local, varying_as
+from ._mesh import Axes, all_reduce, by_axes, by_type, is_local, varying_axes
 
 Values = Callable[[jax.Array], jax.Array]
 _Item = TypeVar("_Item")
@@ -155,9 +155,8 @@ def _sum_in_chunks(leaves: list[jax.Array], *, add_values: AddValues) -> jax.Arr
 
     # Not the first chunk: its code would be compiled twice, which for 723 leaves of
     # 70 billion entries takes 15 s for 9.
-    none = varying_as(
-        leaves[0], jnp.zeros(length, jax.eval_shape(add_values, leaves).dtype)
-    )
+    dtype = jax.eval_shape(add_values, leaves).dtype
+    none = lax.pcast(jnp.zeros(length, dtype), varying_axes(leaves[0]), to="varying")
 
     def block(i: jax.Array) -> jax.Array:
         # Few enough chunks that adding them one after the other costs no precision.

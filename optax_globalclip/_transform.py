@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._axis_name import AxisName, leaf_axes
 from ._clip import (
     NonFinite,
     check_finite,
@@ -17,7 +18,7 @@ from ._clip import (
     norm_of,
 )
 from ._leaves import split_leaves
-from ._mesh import AxisName, leaf_axes, replicated
+from ._mesh import replicated
 from ._norm import as_ord
 from ._threshold import MaxNorm, ThresholdState, as_threshold
 
