@@ -1,6 +1,8 @@
 """How everything is timed: contenders in turn, round after round, and medians."""
 
 import dataclasses
+import math
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -8,6 +10,9 @@ from typing import Any
 
 import jax
 import rich.progress
+
+NAMES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+COLLECTIVE = re.compile(rf" ({NAMES})(?:-start)?\(")
 
 
 @dataclasses.dataclass
@@ -38,7 +43,7 @@ class Contender:
 
 def compiled(
     function: Callable, *args: Any, donate: tuple[int, ...] = ()
-) -> tuple[Callable, dict[str, Any]]:
+) -> tuple[jax.stages.Compiled, dict[str, Any]]:
     """The function compiled for such arguments, and what that took.
 
     Without a cache: neither JAX's of traces nor XLA's of kernels.
@@ -53,6 +58,17 @@ def compiled(
         "build_seconds": seconds,
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
     }
+
+
+def collectives(executable: jax.stages.Compiled) -> list[tuple[str, int]]:
+    """The collectives in the compiled code, and how many numbers each hands on."""
+    found = []
+    for line in (executable.as_text() or "").splitlines():
+        if match := COLLECTIVE.search(line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", line[: match.start()])
+            sizes = [[int(size) for size in s.split(",") if size] for s in shapes]
+            found.append((match[1], sum(map(math.prod, sizes))))
+    return found
 
 
 def interleaved(

@@ -47,3 +47,21 @@ def _build_line(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     ratio = seconds[1] / seconds[0]
     times = " | ".join(f"{s:.3g} s" for s in seconds)
     return f"| {name}: to build | {times} | {ratio:.2f} | | |"
+
+
+def sharding_lines(results: dict[str, Any]) -> list[str]:
+    """One line of markdown for each program that was compiled with both clips."""
+    programs: dict[tuple, dict[str, dict]] = {}
+    for row in results["rows"]:
+        key = (row["devices"], row["mode"], row["what"])
+        programs.setdefault(key, {})[row["clip"]] = row
+    found = []
+    for key, rows in programs.items():
+        theirs, ours = rows["optax"], rows["ours"]
+        cells = [
+            f"{theirs['all_reduces']} → {ours['all_reduces']}",
+            f"{theirs['temporary_mb']:,} → {ours['temporary_mb']:,} MB",
+            f"{theirs['build_seconds']} → {ours['build_seconds']} s",
+        ]
+        found.append("| " + " | ".join([*map(str, key), *cells]) + " |")
+    return found

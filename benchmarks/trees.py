@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 
 def gpt2_small_shapes() -> dict:
@@ -74,3 +75,31 @@ def normals(shapes: Any, dtype: Any, scale: float = 1.0) -> Any:
 def num_entries(tree: Any) -> int:
     """How many numbers there are in it."""
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def llama_70b(layers: int = 80) -> Any:
+    """The 723 parameters of Llama 70B, 70.6 billion entries, as (shape, spec).
+
+    Sharded as usual over the axes "fsdp" and "model": matrices over both, in the order
+    that keeps what a layer hands on to the next on "model"; scales on every device.
+    """
+    width, hidden, keys, vocabulary = 8192, 28672, 1024, 128256
+    into, out_of = PartitionSpec("fsdp", "model"), PartitionSpec("model", "fsdp")
+    scale = ((width,), PartitionSpec())
+    layer = {
+        "attention_norm": scale,
+        "query": ((width, width), into),
+        "key": ((width, keys), into),
+        "value": ((width, keys), into),
+        "output": ((width, width), out_of),
+        "mlp_norm": scale,
+        "gate": ((width, hidden), into),
+        "up": ((width, hidden), into),
+        "down": ((hidden, width), out_of),
+    }
+    return {
+        "embedding": ((vocabulary, width), out_of),
+        "layers": [layer] * layers,
+        "norm": scale,
+        "head": ((width, vocabulary), into),
+    }

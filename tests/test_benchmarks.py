@@ -1,5 +1,6 @@
 """The benchmarks time what they say, on trees small enough for a test."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -9,10 +10,10 @@ import jax
 import pytest
 import rich.progress
 
-from benchmarks import cases, figure, report
+from benchmarks import cases, figure, report, sharding
 from benchmarks.__main__ import plan, table
 from benchmarks.measure import Contender, interleaved, rows
-from benchmarks.trees import gpt2_small_shapes, resnet50_shapes
+from benchmarks.trees import gpt2_small_shapes, llama_70b, resnet50_shapes
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -75,6 +76,22 @@ def test_clip_alone_table_and_figure(tmp_path, progress, optax_promotes):
     assert lines[0].startswith("| clip alone, small, float32 | ")
 
 
+@pytest.mark.parametrize("mode", sharding.MODES)
+@pytest.mark.parametrize("what", ["clip", "AdamW"])
+def test_sharded_programs_are_compiled(mode, what, optax_promotes):
+    ours = sharding.row(8, mode, what, "ours", layers=1)
+    theirs = sharding.row(8, mode, what, "optax", layers=1)
+    assert ours.others == theirs.others == 0
+    if mode == "jit, auto":
+        assert 0 < ours.all_reduces <= theirs.all_reduces
+    else:
+        assert (ours.all_reduces, ours.numbers) == (1, 3)
+    assert ours.temporary_mb < theirs.temporary_mb
+    results = {"rows": [dataclasses.asdict(row) for row in (theirs, ours)]}
+    (line,) = report.sharding_lines(results)
+    assert line.startswith(f"| 8 | {mode} | {what} | {theirs.all_reduces} → ")
+
+
 def test_trees_have_the_sizes_of_the_models():
     def sizes(shapes):
         shapes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
@@ -82,6 +99,10 @@ def test_trees_have_the_sizes_of_the_models():
 
     assert sizes(gpt2_small_shapes()) == (148, 124_439_808)
     assert sizes(resnet50_shapes()) == (161, 25_557_032)
+    params, specs = sharding.abstract_params(llama_70b())
+    leaves = jax.tree.leaves(params)
+    assert len(leaves) == len(jax.tree.leaves(specs)) == 723
+    assert sum(leaf.size for leaf in leaves) == 70_553_706_496
 
 
 def test_results_hold_every_case_of_the_plan():
