@@ -28,7 +28,10 @@ FACTORIES = {
     "ord inf": lambda: clip_by_global_norm(1.0, ord=np.inf),
     "zero": lambda: clip_by_global_norm(1.0, nonfinite="zero"),
 }
-DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+DTYPES = ["bfloat16", "float32", "complex64"] + [
+    pytest.param(dtype, marks=pytest.mark.slow)
+    for dtype in ("float16", "float64", "complex128")
+]
 
 
 @pytest.fixture(params=FACTORIES)
@@ -247,7 +250,10 @@ def test_inject_hyperparams_with_a_schedule(grads):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "compile",
+    [pytest.param(lambda f: f, id="eager", marks=pytest.mark.slow), jax.jit],
+)
 def test_eight_devices(tx, axis_type, compile):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     host = oracle.normals({"w": (8, 4), "b": (8,), "r": (3,)}, scale=3)

@@ -57,11 +57,24 @@ def test_costs_are_those_that_were_written():
     assert f"jax {results['versions']['jax']}" in page
 
 
+def test_sharded_programs_are_those_that_were_written():
+    results = json.loads((RESULTS / "llama-70b.json").read_text())
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    lines = report.sharding_lines(results)
+    assert len(lines) == 12
+    assert not [line for line in lines if line not in page]
+
+
 def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+    links = re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", README)
     assert len(links) >= 4
-    for link in links:
-        assert link.startswith("http") or (ROOT / link).exists(), link
+    for link, section in links:
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+            if section:
+                headings = re.findall(r"^#+ (.*)$", (ROOT / link).read_text(), re.M)
+                slugs = [heading.lower().replace(" ", "-") for heading in headings]
+                assert section in slugs
 
 
 PUBLIC = [
