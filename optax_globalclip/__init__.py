@@ -12,9 +12,17 @@
 
 from importlib.metadata import version as _version
 
+from ._adaptive import (
+    quantile_threshold as quantile_threshold,
+    zscore_threshold as zscore_threshold,
+)
 from ._clip import clip_updates as clip_updates
 from ._metrics import metrics as metrics
 from ._norm import global_norm as global_norm, leaf_norms as leaf_norms
+from ._skip import (
+    SkipByGlobalNormState as SkipByGlobalNormState,
+    skip_by_global_norm as skip_by_global_norm,
+)
 from ._threshold import Threshold as Threshold
 from ._transform import (
     ClipByGlobalNormState as ClipByGlobalNormState,

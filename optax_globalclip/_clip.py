@@ -1,8 +1,10 @@
 """Scaling a tree down to a norm, and what to do where that is not finite."""
 
+import dataclasses
 import functools
 import math
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -136,15 +138,65 @@ def _clip_updates(leaves, max_norm, use_norm, ord, nonfinite, axes):
     return clip_leaves(leaves, norm, max_norm, nonfinite)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("leaves", "norm", "ord"),
+    meta_fields=("axes",),
+)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A norm, as ``use_norm``, for whoever asks for the norm of the same leaves.
+
+    One transformation hands it to those inside it, which may have changed the
+    updates before they reach one that asks.
+    """
+
+    leaves: Sequence[jax.Array]
+    norm: ScaledNorm
+    ord: StaticOrd | jax.Array
+    axes: tuple[Axes, ...]
+
+    def norm_of(
+        self,
+        leaves: Sequence[jax.Array],
+        ord: StaticOrd | jax.Array,
+        axes: tuple[Axes, ...],
+    ) -> ScaledNorm | None:
+        """The norm, if it is that of the very same arrays; else None."""
+        same = len(leaves) == len(self.leaves) and axes == self.axes
+        same = same and isinstance(ord, StaticOrd) and ord == self.ord
+        return (
+            self.norm if same and all(map(operator.is_, leaves, self.leaves)) else None
+        )
+
+
+UseNorm = chex.Numeric | Measured | None
+
+
+def norm_given(
+    use_norm: UseNorm,
+    leaves: Sequence[jax.Array],
+    ord: StaticOrd | jax.Array,
+    axes: tuple[Axes, ...],
+) -> chex.Numeric | ScaledNorm | None:
+    """The norm that ``use_norm`` holds for these leaves, None if they are others."""
+    if isinstance(use_norm, Measured):
+        return use_norm.norm_of(leaves, ord, axes)
+    check_scalar("use_norm", use_norm, nan_allowed=True)
+    return use_norm
+
+
 def norm_of(
     leaves: Sequence[jax.Array],
-    use_norm: chex.Numeric | None,
+    use_norm: chex.Numeric | ScaledNorm | None,
     ord: StaticOrd | jax.Array,
     axes: tuple[Axes, ...],
 ) -> ScaledNorm:
     """The norm given, or else the norm measured."""
     if use_norm is None:
         return measure(leaves, ord, axes)
+    if isinstance(use_norm, ScaledNorm):
+        return use_norm
     dtype = accumulator_dtype(leaves)
     return ScaledNorm(jnp.asarray(use_norm, dtype), jnp.ones((), dtype))
 

@@ -1,33 +1,45 @@
 """What the states know, as scalars for a logger."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from ._skip import SkipByGlobalNormState
 from ._transform import ClipByGlobalNormState
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """The clip's scalars, found anywhere inside an optimizer's state.
+    """The scalars of clips and skips, found anywhere inside an optimizer's state.
 
     Works inside and outside ``jit``, through every wrapper whose state is a pytree
     (``chain``, ``partition``, ``masked``, ``MultiSteps``, ``inject_hyperparams``).
 
     Args:
-      opt_state: the state of an optimizer with :func:`clip_by_global_norm` in it.
+      opt_state: the state of an optimizer with :func:`clip_by_global_norm` or
+        :func:`skip_by_global_norm` in it.
 
     Returns:
-      float32 scalars, under the names
+      float32 scalars. Of a clip, under the names
 
       * ``global_norm``: the norm before the last clip,
       * ``clipped_norm``: the norm after it,
       * ``clip_scale``: what the updates were multiplied by,
       * ``threshold``: what the norm was clipped to,
       * ``clip_fraction``: the share of all updates so far that were clipped,
-      * ``nonfinite_fraction``: the share that had an inf or NaN entry.
+      * ``nonfinite_fraction``: the share that had an inf or NaN entry;
+
+      and of a skip, under the names
+
+      * ``global_norm``: the norm of the last step, taken or skipped,
+      * ``threshold``: above what norm it was to be skipped,
+      * ``skip_fraction``: the share of all steps so far that were skipped.
 
       Where there are several such states, each name is prefixed with the path of
-      its state and a slash. An empty dictionary where there is none.
+      its state and a slash; a clip in a skip has ``inner_state/`` in its own, and
+      tells of the last step that was taken. An empty dictionary where there is none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,35 +57,60 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       clip_fraction: 1.0
       nonfinite_fraction: 0.0
     """
-    found = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), state)
-        for path, state in jax.tree.leaves_with_path(opt_state, is_leaf=_is_clip)
-        if _is_clip(state)
-    ]
+    found = list(_states(opt_state))
     if len(found) == 1:
-        return _clip_metrics(found[0][1])
+        return _metrics_of(found[0][1])
     return {
-        f"{path}/{name}": value
+        "/".join(filter(None, (_name(path), name))): value
         for path, state in found
-        for name, value in _clip_metrics(state).items()
+        for name, value in _metrics_of(state).items()
     }
 
 
-def _is_clip(node: object) -> bool:
-    return isinstance(node, ClipByGlobalNormState)
+def _states(opt_state: optax.OptState) -> Iterator[tuple[tuple, Any]]:
+    """Our states, each with its path, an outer one before those in it."""
+    for path, state in jax.tree.leaves_with_path(opt_state, is_leaf=_is_ours):
+        if _is_ours(state):
+            yield path, state
+        if isinstance(state, SkipByGlobalNormState):
+            field = jax.tree_util.GetAttrKey("inner_state")
+            for inner_path, inner in _states(state.inner_state):
+                yield (*path, field, *inner_path), inner
+
+
+def _is_ours(node: object) -> bool:
+    return isinstance(node, ClipByGlobalNormState | SkipByGlobalNormState)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _metrics_of(
+    state: ClipByGlobalNormState | SkipByGlobalNormState,
+) -> dict[str, jax.Array]:
+    is_skip = isinstance(state, SkipByGlobalNormState)
+    return _skip_metrics(state) if is_skip else _clip_metrics(state)
+
+
+def _skip_metrics(state: SkipByGlobalNormState) -> dict[str, jax.Array]:
+    return {
+        "global_norm": jnp.asarray(state.global_norm),
+        "threshold": jnp.asarray(state.threshold),
+        "skip_fraction": _share(state.num_skipped, state.num_updates),
+    }
 
 
 def _clip_metrics(state: ClipByGlobalNormState) -> dict[str, jax.Array]:
     # Flax NNX keeps each field in a Variable, which changes at the next update.
     state = ClipByGlobalNormState(*map(jnp.asarray, state[:-1]), threshold_state=())
-    updates = jnp.maximum(state.num_updates, 1).astype(jnp.float32)
     return {
         "global_norm": state.global_norm,
         "clipped_norm": _clipped_norm(state),
         "clip_scale": state.clip_scale,
         "threshold": state.threshold,
-        "clip_fraction": state.num_clipped.astype(jnp.float32) / updates,
-        "nonfinite_fraction": state.num_nonfinite.astype(jnp.float32) / updates,
+        "clip_fraction": _share(state.num_clipped, state.num_updates),
+        "nonfinite_fraction": _share(state.num_nonfinite, state.num_updates),
     }
 
 
@@ -81,3 +118,8 @@ def _clipped_norm(state: ClipByGlobalNormState) -> jax.Array:
     """Norm times scale: 0 even where that is inf times 0, at most the threshold."""
     product = jnp.where(state.clip_scale == 0, 0, state.global_norm * state.clip_scale)
     return jnp.minimum(product, state.threshold)
+
+
+def _share(count: jax.Array, updates: jax.Array) -> jax.Array:
+    updates = jnp.maximum(jnp.asarray(updates), 1).astype(jnp.float32)
+    return jnp.asarray(count).astype(jnp.float32) / updates

@@ -11,16 +11,17 @@ import optax
 from ._axis_name import AxisName, leaf_axes
 from ._clip import (
     NonFinite,
+    UseNorm,
     check_finite,
     check_nonfinite,
-    check_scalar,
     clip_leaves,
+    norm_given,
     norm_of,
 )
 from ._leaves import split_leaves
 from ._mesh import replicated
 from ._norm import as_ord
-from ._threshold import MaxNorm, ThresholdState, as_threshold
+from ._threshold import MaxNorm, ThresholdState, as_threshold, next_threshold
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -48,7 +49,7 @@ class ClipByGlobalNormState(NamedTuple):
 
 
 def clip_by_global_norm(
-    max_norm: MaxNorm = None,
+    max_norm: MaxNorm | None = None,
     *,
     ord: chex.Numeric = 2,
     nonfinite: NonFinite = "nan",
@@ -109,7 +110,7 @@ def clip_by_global_norm(
       Pascanu et al., `On the difficulty of training recurrent neural networks
       <https://proceedings.mlr.press/v28/pascanu13.html>`_, 2013
     """
-    threshold = as_threshold(max_norm)
+    threshold = None if max_norm is None else as_threshold(max_norm)
     checked_ord = as_ord(ord)
     check_nonfinite(nonfinite)
 
@@ -132,22 +133,22 @@ def clip_by_global_norm(
         state: optax.OptState | None,
         params: optax.Params | None = None,
         *,
-        use_norm: chex.Numeric | None = None,
+        use_norm: UseNorm = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, ClipByGlobalNormState]:
         del params, extra_args
-        check_scalar("use_norm", use_norm, nan_allowed=True)
         if state is None or isinstance(state, optax.EmptyState):
             state = init_fn(())
         leaves, join = split_leaves(updates)
+        axes = leaf_axes(leaves, updates, axis_name)
         leaves, clip, new_state = _update(
             leaves,
             state,
-            use_norm,
+            norm_given(use_norm, leaves, checked_ord, axes),
             None if threshold is None else threshold.update,
             checked_ord,
             nonfinite,
-            leaf_axes(leaves, updates, axis_name),
+            axes,
         )
         check_finite(clip, nonfinite)
         return join(leaves), new_state
@@ -162,24 +163,22 @@ def _update(leaves, state, use_norm, threshold_update, ord, nonfinite, axes):
     threshold, threshold_state = None, state.threshold_state
     if threshold_update is not None:
         measured = norm.as_float().astype(jnp.float32)
-        threshold, proposed = threshold_update(
-            measured, threshold_state, state.num_updates
+        threshold, threshold_state = next_threshold(
+            threshold_update, measured, threshold_state, state.num_updates
         )
-        check_scalar("the threshold", threshold)
-        admitted = functools.partial(jnp.where, jnp.isfinite(measured))
-        threshold_state = jax.tree.map(admitted, proposed, threshold_state)
     leaves, clip = clip_leaves(leaves, norm, threshold, nonfinite)
     state = ClipByGlobalNormState(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
         threshold=clip.threshold.astype(jnp.float32),
-        num_updates=_count(state.num_updates, True),
-        num_clipped=_count(state.num_clipped, clip.clipped),
-        num_nonfinite=_count(state.num_nonfinite, ~clip.finite),
+        num_updates=count_if(state.num_updates, True),
+        num_clipped=count_if(state.num_clipped, clip.clipped),
+        num_nonfinite=count_if(state.num_nonfinite, ~clip.finite),
         threshold_state=threshold_state,
     )
     return leaves, clip, state
 
 
-def _count(counter: jax.Array, happened: jax.Array | bool) -> jax.Array:
+def count_if(counter: jax.Array, happened: jax.Array | bool) -> jax.Array:
+    """The counter, incremented where it happened; it saturates."""
     return jnp.where(happened, optax.safe_increment(counter), counter)

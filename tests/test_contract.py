@@ -11,7 +11,13 @@ import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_globalclip import Threshold, clip_by_global_norm
+from optax_globalclip import (
+    Threshold,
+    clip_by_global_norm,
+    quantile_threshold,
+    skip_by_global_norm,
+    zscore_threshold,
+)
 
 RUNNING_MEAN = Threshold(
     init=lambda: (jnp.float32(jnp.inf), jnp.int32(0)),
@@ -27,6 +33,9 @@ FACTORIES = {
     "ord 3": lambda: clip_by_global_norm(1.0, ord=3),
     "ord inf": lambda: clip_by_global_norm(1.0, ord=np.inf),
     "zero": lambda: clip_by_global_norm(1.0, nonfinite="zero"),
+    "z-score": lambda: clip_by_global_norm(zscore_threshold(warmup_steps=1)),
+    "quantile": lambda: clip_by_global_norm(quantile_threshold(0.5, window=3)),
+    "skip": lambda: skip_by_global_norm(optax.scale(0.5), zscore_threshold()),
 }
 DTYPES = ["bfloat16", "float32", "complex64"] + [
     pytest.param(dtype, marks=pytest.mark.slow)
@@ -203,7 +212,9 @@ def test_around_apply_if_finite(tx, grads):
     bad = jax.tree.map(lambda g: g * jnp.nan, grads)
     updates, state = chain.update(bad, chain.init(grads), grads)
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
-    assert (state[0].num_updates, state[0].num_nonfinite) == (1, 1)
+    counted = optax.tree.get_all_with_path(state[0], "num_nonfinite")
+    counted += optax.tree.get_all_with_path(state[0], "num_skipped")
+    assert [state[0].num_updates, *(count for _, count in counted)] == [1, 1]
 
 
 def test_masked(tx, grads):

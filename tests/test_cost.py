@@ -16,7 +16,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from benchmarks.measure import collectives
-from optax_globalclip import clip_by_global_norm, clip_updates, global_norm
+from optax_globalclip import (
+    clip_by_global_norm,
+    clip_updates,
+    global_norm,
+    skip_by_global_norm,
+    zscore_threshold,
+)
 
 # Nothing but the memory depends on it, which is then that of optax's clip.
 fuses_sums = pytest.mark.skipif(
@@ -116,6 +122,31 @@ def test_medium_leaves_are_not_copied(dtype):
     tree = [abstract((200, 300), dtype)] * 40
     compiled = compiled_clip(clip_by_global_norm(1.0), tree)
     assert temporary(compiled) < 0.1 * 40 * 60000 * 4
+
+
+def guarded(tx):
+    return skip_by_global_norm(tx, zscore_threshold(6.0))
+
+
+@fuses_sums
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_skip_adds_no_temporary(dtype, optax_promotes):
+    params = [abstract((1000 + i, 1024), dtype) for i in range(8)]
+    plain = optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+    def temporary_of(tx, donate):
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        step = jax.jit(step, donate_argnums=donate)
+        return temporary(step.lower(params, state, params).compile())
+
+    assert temporary_of(guarded(plain), ()) <= temporary_of(plain, ()) + 1000
+    # In place XLA on CPU copies moments that it would overwrite before their last use.
+    copy = sum(math.prod(leaf.shape) * 4 for leaf in params)
+    assert temporary_of(guarded(plain), (0, 1)) < 1.1 * copy
 
 
 # --- Few operations.
@@ -223,6 +254,26 @@ def all_reduced(compiled):
 @pytest.mark.parametrize("num_leaves", [1, 5])
 def test_one_all_reduce_of_three_numbers_for_each_set_of_axes(mode, num_leaves):
     assert all_reduced(clip_compiled(mode, num_leaves)) == [3, 3, 3]
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "explicit", "auto"])
+def test_skip_and_clip_take_the_all_reduces_of_one(mode):
+    mesh = oracle.mesh(AxisType.Explicit if mode == "explicit" else AxisType.Auto)
+    tree = sharded_leaves(mesh, 1)
+    specs = [leaf.sharding.spec for leaf in tree]
+
+    def compiled(tx):
+        update = tx.update
+        if mode == "shard_map":
+            update = jax.shard_map(
+                update, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P())
+            )
+        return jax.jit(update).lower(tree, jax.eval_shape(tx.init, tree)).compile()
+
+    clip = clip_by_global_norm(1.0)
+    once = all_reduced(compiled(clip))
+    assert all_reduced(compiled(guarded(clip))) == once
+    assert len(once) == (3 if mode != "auto" else len(once)) <= 8
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "explicit"])

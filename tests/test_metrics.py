@@ -6,7 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from optax_globalclip import clip_by_global_norm, metrics
+from optax_globalclip import (
+    clip_by_global_norm,
+    metrics,
+    skip_by_global_norm,
+    zscore_threshold,
+)
 
 PARAMS = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
 GRADS = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
@@ -18,6 +23,7 @@ NAMES = [
     "clip_fraction",
     "nonfinite_fraction",
 ]
+SKIP_NAMES = ["global_norm", "threshold", "skip_fraction"]
 
 
 def after(tx, *scales):
@@ -79,14 +85,23 @@ def test_clipped_norm(options, scale, expected):
             optax.chain(optax.masked(clip, lambda _: {"w": True, "b": True}))
         ),
         lambda clip: optax.inject_hyperparams(lambda c: clip)(c=1.0),
+        lambda clip: optax.partition({"all": clip}, {"w": "all", "b": "all"}),
     ],
 )
+@pytest.mark.parametrize(
+    ("tx", "names"),
+    [
+        (clip_by_global_norm(1.0), NAMES),
+        (skip_by_global_norm(optax.sgd(1.0), zscore_threshold()), SKIP_NAMES),
+    ],
+    ids=["clip", "skip"],
+)
 @pytest.mark.usefixtures("optax_promotes")
-def test_found_through_wrappers_and_under_jit(wrap):
-    tx = wrap(clip_by_global_norm(1.0))
+def test_found_through_wrappers_and_under_jit(wrap, tx, names):
+    tx = wrap(tx)
     _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     for found in (metrics(state), jax.jit(metrics)(state)):
-        assert sorted(found) == sorted(NAMES)
+        assert sorted(found) == sorted(names)
         assert found["global_norm"] == 5
 
 
@@ -98,6 +113,32 @@ def test_several_states_are_told_apart_by_their_paths():
     big = [key for key in found if "big" in key and key.endswith("/global_norm")]
     small = [key for key in found if "small" in key and key.endswith("/global_norm")]
     assert (found[big[0]], found[small[0]]) == (3, 4)
+
+
+def test_skip_alone():
+    tx = skip_by_global_norm(optax.sgd(1.0), 6.0)
+    assert after(tx) == {"global_norm": 0, "threshold": np.inf, "skip_fraction": 0}
+    found = after(tx, 1, 2, np.nan, 1)
+    assert found == {"global_norm": 5, "threshold": 6, "skip_fraction": 0.5}
+    assert list(found) == SKIP_NAMES
+    assert {value.dtype for value in found.values()} == {jnp.dtype("float32")}
+
+
+def test_clip_inside_a_skip_tells_of_the_last_step_taken():
+    inner = optax.chain(clip_by_global_norm(1.0), optax.sgd(1.0))
+    found = after(skip_by_global_norm(inner, 6.0), 1, 2)
+    inside = [f"inner_state/0/{name}" for name in NAMES]
+    assert list(found) == SKIP_NAMES + inside
+    assert (found["global_norm"], found["inner_state/0/global_norm"]) == (10, 5)
+    assert (found["skip_fraction"], found["inner_state/0/clip_fraction"]) == (0.5, 1)
+
+
+def test_paths_of_skips_in_wrappers():
+    skip = skip_by_global_norm(clip_by_global_norm(1.0), 6.0)
+    tx = optax.chain(optax.masked(skip, {"w": True, "b": True}), clip_by_global_norm())
+    names = {name.rpartition("/")[0] for name in after(tx, 1)}
+    outer, inner = "0/inner_state", "0/inner_state/inner_state"
+    assert names == {outer, inner, "1"}
 
 
 def test_none_found():

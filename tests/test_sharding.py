@@ -17,6 +17,9 @@ from optax_globalclip import (
     clip_updates,
     global_norm,
     leaf_norms,
+    quantile_threshold,
+    skip_by_global_norm,
+    zscore_threshold,
 )
 
 SHAPES = {
@@ -321,6 +324,43 @@ def test_scan_over_steps_keeps_the_state_as_it_was(layout):
     np.testing.assert_allclose(state.threshold, 0.25 * norm, 1e-6)
     assert (state.num_updates, state.num_clipped) == (4, 2)
     assert_clipped(updates, tree, 0.25 * norm)
+
+
+@each_of(LAYOUTS, fast=LAYOUTS)
+def test_skip_with_adaptive_thresholds(layout):
+    """A spike and a NaN are skipped, and the norm of the clip inside is the same."""
+    tree = draw(keys=("both", "one", "whole"))
+    norm = oracle.norm(tree)
+    scales = np.float32([1, 1.1, 0.9, 100, np.nan, 1.05])
+
+    def train(tree, axis_name=None):
+        clip = clip_by_global_norm(
+            quantile_threshold(0.5, window=4, warmup_steps=3), axis_name=axis_name
+        )
+        tx = skip_by_global_norm(
+            clip, zscore_threshold(6.0, warmup_steps=3), axis_name=axis_name
+        )
+
+        def step(state, scale):
+            updates = jax.tree.map(lambda leaf: leaf * scale, tree)
+            _, state = tx.update(updates, state)
+            return state, state.threshold
+
+        state, thresholds = jax.lax.scan(step, tx.init(tree), scales[:-1])
+        updates, state = tx.update(
+            jax.tree.map(lambda leaf: leaf * scales[-1], tree), state
+        )
+        return updates, (state, thresholds)
+
+    updates, (state, thresholds) = layout(train, tree)
+    assert (state.num_updates, state.num_skipped) == (6, 2)
+    assert state.inner_state.num_updates == 4
+    np.testing.assert_allclose(state.inner_state.threshold, 1.025 * norm, 1e-5)
+    np.testing.assert_allclose(oracle.norm(updates), 1.025 * norm, 1e-5)
+    # Mean 1 and standard deviation of 1, 1.1 and 0.9; at the spike, pulled to the mean.
+    margin = 6 * np.std([1, 1.1, 0.9])
+    expected = [np.inf] * 3 + [(1 + margin**2 / 99) * norm]
+    np.testing.assert_allclose(thresholds[:4], expected, 1e-5)
 
 
 @every_differentiable_layout
