@@ -7,10 +7,11 @@ import pathlib
 import time
 
 import jax
+import numpy as np
 import pytest
 import rich.progress
 
-from benchmarks import cases, figure, report, sharding
+from benchmarks import cases, figure, report, sharding, spikes, spikes_figure
 from benchmarks.__main__ import plan, table
 from benchmarks.measure import Contender, interleaved, rows
 from benchmarks.trees import gpt2_small_shapes, llama_70b, resnet50_shapes
@@ -90,6 +91,33 @@ def test_sharded_programs_are_compiled(mode, what, optax_promotes):
     results = {"rows": [dataclasses.asdict(row) for row in (theirs, ours)]}
     (line,) = report.sharding_lines(results)
     assert line.startswith(f"| 8 | {mode} | {what} | {theirs.all_reduces} → ")
+
+
+def test_study_of_spikes(tmp_path, optax_promotes):
+    methods = {name: spikes.METHODS[name]() for name in ("constant", "skip")}
+    steps = 120
+    runs = {name: spikes.train(tx, 2, steps, list) for name, tx in methods.items()}
+    batches = spikes.batches([spikes.load_sequences(s)[0] for s in range(2)], steps)
+    bad = np.array(
+        [
+            np.isnan(batch.digits.images).any(axis=(1, 2, 3)) | (batch.factor != 1)
+            for batch in batches
+        ]
+    )
+    assert bad.any()
+    assert not bad[: spikes.FIRST_BAD].any()
+    skip = runs["skip"]
+    assert skip.norms.shape == (2, steps)
+    judged = skip.norms > skip.thresholds
+    assert (judged | np.isnan(skip.norms))[bad.T].all()
+    np.testing.assert_allclose(skip.skipped, (judged | np.isnan(skip.norms)).mean(1))
+    assert (runs["constant"].clipped > 0.5).all()
+    assert (skip.losses[:, :20].mean(1) > skip.losses[:, -20:].mean(1)).all()
+    runs = {name: runs.get(name, skip) for name in spikes.METHODS}
+    spikes_figure.draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    row = spikes.row("skip", skip)
+    assert spikes.table([row]).row_count == 1
 
 
 def test_trees_have_the_sizes_of_the_models():

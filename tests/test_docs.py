@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import optax_globalclip
-from benchmarks import report
+from benchmarks import report, spikes
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,26 +65,38 @@ def test_sharded_programs_are_those_that_were_written():
     assert not [line for line in lines if line not in page]
 
 
+def test_study_of_spikes_is_the_one_that_was_written():
+    rows = json.loads((RESULTS / "spikes.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(spikes.METHODS)
+    for row in rows:
+        assert f"| {' | '.join(spikes.cells(row))} |" in README
+
+
 def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", README)
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", README)
     assert len(links) >= 4
     for link, section in links:
         if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+            page = ROOT / (link or "README.md")
+            assert page.exists(), link
             if section:
-                headings = re.findall(r"^#+ (.*)$", (ROOT / link).read_text(), re.M)
+                headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
                 slugs = [heading.lower().replace(" ", "-") for heading in headings]
                 assert section in slugs
 
 
 PUBLIC = [
     "ClipByGlobalNormState",
+    "SkipByGlobalNormState",
     "Threshold",
     "clip_by_global_norm",
     "clip_updates",
     "global_norm",
     "leaf_norms",
     "metrics",
+    "quantile_threshold",
+    "skip_by_global_norm",
+    "zscore_threshold",
 ]
 
 
