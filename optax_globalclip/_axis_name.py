@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax.sharding import AxisType
 
-from ._leaves import is_float0
+from ._leaves import is_float0, is_sparse, values_of
 from ._mesh import Axes, varying_axes
 
 AxisName = str | Axes | chex.ArrayTree | None
@@ -36,13 +36,13 @@ def leaf_axes(
       ValueError: for a leaf that a tree prefix has no names for.
     """
     if axis_name is None:
-        return tuple(varying_axes(leaf) for leaf in leaves)
+        return tuple(varying_axes(values_of(leaf)) for leaf in leaves)
     named = _named_axes(updates, axis_name)
     typed = {name: _has_type(name) for name in {name for own in named for name in own}}
     return tuple(
         # A sum over an axis that a leaf does not vary over would count it repeatedly.
         tuple(name for name in own if not typed[name] or name in varying_axes(leaf))
-        for leaf, own in zip(leaves, named, strict=True)
+        for leaf, own in zip(map(values_of, leaves), named, strict=True)
     )
 
 
@@ -53,7 +53,7 @@ def _named_axes(updates: optax.Updates, axis_name: AxisName) -> list[Axes]:
         for path, names in jax.tree.leaves_with_path(axis_name, is_leaf=_is_names)
     }
     named = []
-    for path, leaf in jax.tree.leaves_with_path(updates):
+    for path, leaf in jax.tree.leaves_with_path(updates, is_leaf=is_sparse):
         if is_float0(leaf):
             continue
         prefixes = [path[:i] for i in range(len(path) + 1) if path[:i] in given]

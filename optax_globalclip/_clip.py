@@ -18,7 +18,7 @@ from jax.experimental import checkify
 
 from ._axis_name import AxisName, leaf_axes
 from ._l2 import ScaledNorm
-from ._leaves import accumulator_dtype, split_leaves
+from ._leaves import accumulator_dtype, split_leaves, values_of, with_values
 from ._mesh import Axes
 from ._norm import StaticOrd, as_ord, measure
 from ._scale import scale_factors, scaled
@@ -229,7 +229,8 @@ def clip_leaves(
     if zero is not None:
         scale = jnp.where(zero, 0, scale)
     clip = Clip(measured, threshold, scale, finite & ~within, finite)
-    return scaled(list(leaves), factors, within, zero), clip
+    values = scaled(list(map(values_of, leaves)), factors, within, zero)
+    return list(map(with_values, leaves, values)), clip
 
 
 def check_scalar(

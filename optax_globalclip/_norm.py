@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from ._axis_name import AxisName, leaf_axes
 from ._l2 import ScaledNorm, l2_norm
-from ._leaves import accumulator_dtype, is_float0, split_leaves
+from ._leaves import accumulator_dtype, is_float0, merged_values, split_leaves
 from ._lp import Ord, lp_norm, lp_norms
 from ._mesh import Axes, on_shards, reduced
 
@@ -149,7 +149,7 @@ def measure(
     """The global norm of the leaves, each sharded over its own manual mesh axes."""
     if not leaves:
         return ScaledNorm(jnp.float32(0), jnp.float32(1))
-    return on_shards(_measure, leaves, axes, ord)
+    return on_shards(_measure, list(map(merged_values, leaves)), axes, ord)
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -159,7 +159,7 @@ def _global_norm(leaves, ord, axes):
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _leaf_norms(leaves, ord, axes):
-    return on_shards(_measure_each, leaves, axes, ord)
+    return on_shards(_measure_each, list(map(merged_values, leaves)), axes, ord)
 
 
 def _measure(leaves, axes, ord):

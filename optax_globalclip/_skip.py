@@ -12,7 +12,7 @@ import optax
 
 from ._axis_name import AxisName, leaf_axes
 from ._clip import Measured, UseNorm, norm_given, norm_of
-from ._leaves import is_float0, split_leaves
+from ._leaves import is_float0, is_sparse, split_leaves, values_of, with_values
 from ._mesh import replicated
 from ._norm import as_ord
 from ._threshold import MaxNorm, ThresholdState, as_threshold, next_threshold
@@ -192,11 +192,13 @@ def _select(taken, updates, new_state, state):
     """Updates and new state if taken, else zeros and the state as it was."""
 
     def or_zero(leaf):
-        return leaf if is_float0(leaf) else jnp.where(taken, leaf, jnp.zeros_like(leaf))
+        values = values_of(leaf)
+        if is_float0(values):
+            return leaf
+        return with_values(leaf, jnp.where(taken, values, jnp.zeros_like(values)))
 
-    return jax.tree.map(or_zero, updates), jax.tree.map(
-        functools.partial(jnp.where, taken), new_state, state
-    )
+    updates = jax.tree.map(or_zero, updates, is_leaf=is_sparse)
+    return updates, jax.tree.map(functools.partial(jnp.where, taken), new_state, state)
 
 
 def _check_skips(max_consecutive_skips: int | None) -> None:
