@@ -81,7 +81,8 @@ def test_links_lead_somewhere():
             assert page.exists(), link
             if section:
                 headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
-                slugs = [heading.lower().replace(" ", "-") for heading in headings]
+                words = [re.sub(r"[^\w -]", "", each.lower()) for each in headings]
+                slugs = [each.replace(" ", "-") for each in words]
                 assert section in slugs
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.experimental import sparse
 
 from optax_globalclip import clip_updates, global_norm
 
@@ -175,3 +176,14 @@ def test_python_float_use_norm():
 def test_python_float_use_norm_in_tensorflow(tf):
     with pytest.raises(AttributeError, match="dtype"):
         clip_in_tensorflow(tf, [3.0, 4.0], 1.0, use_norm=10.0)
+
+
+def test_rows_given_twice_are_summed_first():
+    data, indices = jnp.array([[3.0], [4.0]]), jnp.array([[2], [2]])
+    assert global_norm(sparse.BCOO((data, indices), shape=(5, 1))) == 7
+
+
+def test_tensorflow_takes_rows_given_twice_by_themselves(tf):
+    slices = tf.IndexedSlices(tf.constant([[3.0], [4.0]]), tf.constant([2, 2]), (5, 1))
+    _, norm = tf.clip_by_global_norm([slices], 1.0)
+    assert norm.numpy() == 5
