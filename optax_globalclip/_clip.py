@@ -83,8 +83,9 @@ def clip_updates(
     ======================== ===================================================
 
     Args:
-      updates: a tree of float or complex arrays of any shapes, NumPy arrays or
-        Python scalars.
+      updates: a tree of float or complex arrays of any shapes, NumPy arrays, Python
+        scalars, or BCOO and BCSR matrices, whose values at one index count as their
+        sum unless ``unique_indices`` is set.
       max_norm: the largest global norm to let through, a real scalar; ``None`` to
         measure and never clip.
       use_norm: a scalar to take as the global norm of ``updates``, trusted as

@@ -121,7 +121,7 @@ def _is_inexact(dtype: Any) -> bool:
     return dtype in (float, complex) or jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _as_array(leaf: jax.typing.ArrayLike) -> jax.Array:
+def _as_array(leaf: Any) -> jax.Array:
     """The leaf as an array, strongly typed where it was a Python scalar."""
     if isinstance(leaf, jax.Array) or is_sparse(leaf):
         return leaf

@@ -59,8 +59,9 @@ def global_norm(
     =============================== ========================================
 
     Args:
-      updates: a tree of float or complex arrays of any shapes, NumPy arrays or
-        Python scalars.
+      updates: a tree of float or complex arrays of any shapes, NumPy arrays, Python
+        scalars, or BCOO and BCSR matrices, whose values at one index count as their
+        sum unless ``unique_indices`` is set.
       ord: the order p of the norm, a real number of at least 1, or ``inf`` for
         the largest modulus. A traced scalar is accepted, and costs a second read.
       axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the

@@ -195,8 +195,8 @@ def test_nnx_frozen_parameters_do_not_count():
     for _ in range(3):
         grads, found = nnx_step(model, optimizer, nnx.LoRAParam)
         np.testing.assert_allclose(found["global_norm"], oracle.norm(grads), 1e-6)
+        assert found["global_norm"] > 0
     np.testing.assert_array_equal(model.dense.kernel[...], frozen)
-    assert found["global_norm"] > 0
 
 
 def test_nnx_with_a_skip_in_its_optimizer():
@@ -236,9 +236,8 @@ def test_nnx_partitioned_parameters():
 def test_nnx_half_precision_beside_full_precision_parameters():
     model = nnx.Linear(4, 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, transform(), wrt=nnx.Param)
-    for _ in range(3):
-        grads, found = nnx_step(model, optimizer, nnx.Param)
-        np.testing.assert_allclose(found["global_norm"], oracle.norm(grads), 1e-6)
+    grads, found = nnx_step(model, optimizer, nnx.Param)
+    np.testing.assert_allclose(found["global_norm"], oracle.norm(grads), 1e-6)
     assert model.kernel.dtype == jnp.float32
     cast = jax.tree.map(lambda g: g.astype(jnp.bfloat16), nnx.to_pure_dict(grads))
     updates, state = transform().update(cast, transform().init(None))
