@@ -13,9 +13,9 @@ import numpy as np  # noqa: E402
 
 COLORS = {
     "optax": "#9aa5b1",
-    "ours": "#d1495b",
-    "torch": "#edae49",
-    "tensorflow": "#30638e",
+    "ours": "#0072B2",
+    "torch": "#E69F00",
+    "tensorflow": "#CC79A7",
     "floor": "#2b2b2b",
 }
 LABELS = {

@@ -1,0 +1,46 @@
+"""The figure of ``benchmarks.temporal_order``: the success rate over the lengths."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+from optax_globalclip.__main__ import COLOURS  # noqa: E402
+
+METHOD_COLOURS = {**COLOURS, "clipped, authors' rule": "#56B4E9"}
+
+
+def draw(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws a line for each method, labelled where they are furthest apart."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    for i, method in enumerate(methods):
+        rows = [row for row in results["rows"] if row["method"] == method]
+        lengths = [row["length"] for row in rows]
+        rates = [100 * row["solved"] / len(row["errors"]) for row in rows]
+        axes.plot(
+            lengths,
+            # Lines that coincide are drawn beside one another.
+            [rate + 1.2 * (1 - i) for rate in rates],
+            "o-",
+            color=METHOD_COLOURS[method],
+            lw=2,
+            ms=5,
+            label=method,
+        )
+    axes.set(
+        xlabel="symbols in a sequence",
+        ylabel="seeds that solve it, %",
+        ylim=(-5, 108),
+        xticks=sorted({row["length"] for row in results["rows"]}),
+        title=f"Temporal order, {results['seeds']} seeds, "
+        f"at most {results['steps']:,} updates",
+    )
+    axes.legend(frameon=False, loc="lower left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
