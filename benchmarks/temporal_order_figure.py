@@ -15,9 +15,10 @@ METHOD_COLOURS = {**COLOURS, "clipped, authors' rule": "#56B4E9"}
 
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws a line for each method, labelled where they are furthest apart."""
+    """Draws a line for each method, labelled at its end."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    ends: list[float] = []
     for i, method in enumerate(methods):
         rows = [row for row in results["rows"] if row["method"] == method]
         lengths = [row["length"] for row in rows]
@@ -30,8 +31,16 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
             color=METHOD_COLOURS[method],
             lw=2,
             ms=5,
-            label=method,
         )
+        axes.annotate(
+            method,
+            (lengths[-1], rates[-1]),
+            # Below one another, where lines end together.
+            (8, -4 - 12 * sum(rates[-1] == end for end in ends)),
+            textcoords="offset points",
+            color=METHOD_COLOURS[method],
+        )
+        ends.append(rates[-1])
     axes.set(
         xlabel="symbols in a sequence",
         ylabel="seeds that solve it, %",
@@ -40,7 +49,6 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
         title=f"Temporal order, {results['seeds']} seeds, "
         f"at most {results['steps']:,} updates",
     )
-    axes.legend(frameon=False, loc="lower left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

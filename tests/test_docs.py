@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import optax_globalclip
-from benchmarks import report, spikes
+from benchmarks import report, spikes, temporal_order
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,6 +70,21 @@ def test_study_of_spikes_is_the_one_that_was_written():
     assert [row["method"] for row in rows] == list(spikes.METHODS)
     for row in rows:
         assert f"| {' | '.join(spikes.cells(row))} |" in README
+
+
+def test_study_of_the_paper_is_the_one_that_was_written():
+    study = json.loads((RESULTS / "temporal-order.json").read_text())
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"at most {study['steps']:,} updates" in page
+    lines = temporal_order.lines(study["rows"])
+    assert len(lines) == len(temporal_order.LENGTHS)
+    for line in lines:
+        assert f"| {' | '.join(line)} |" in page
+    notebook = (ROOT / "notebooks" / "5-recurrent-networks.ipynb").read_text()
+    for method in temporal_order.METHODS:
+        solved = [row["solved"] for row in study["rows"] if row["method"] == method]
+        printed = " ".join(f"{count:4}" for count in solved)
+        assert f"{method.ljust(24)} {printed}" in notebook
 
 
 def test_links_lead_somewhere():
