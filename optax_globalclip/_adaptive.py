@@ -58,7 +58,8 @@ def zscore_threshold(
 
     Norms that rise for good, within a few steps, are taken for spikes for good, and
     clipped to little more than the mean before: raise ``z`` or lower ``decay`` if
-    yours do.
+    yours do. A spike among the first norms counts in full: chain a constant as well
+    if yours begin with some.
 
     It departs from the authors' code, which
 

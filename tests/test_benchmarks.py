@@ -64,6 +64,7 @@ def test_every_optimizer_runs(optimizer, progress, optax_promotes):
     assert found[1]["temporary_mb"] is not None
 
 
+@pytest.mark.slow
 def test_clip_alone_table_and_figure(tmp_path, progress, optax_promotes):
     found = cases.alone("clip alone, small", (100, 3), "float32", 2, progress)
     found += cases.added_to_step("AdamW", [(10, 10)], "float32", 2, progress)
@@ -93,6 +94,7 @@ def test_sharded_programs_are_compiled(mode, what, optax_promotes):
     assert line.startswith(f"| 8 | {mode} | {what} | {theirs.all_reduces} → ")
 
 
+@pytest.mark.slow
 def test_study_of_spikes(tmp_path, optax_promotes):
     methods = {name: spikes.METHODS[name]() for name in ("constant", "skip")}
     steps = 120

@@ -54,7 +54,11 @@ def by_orbax(state, like, path):
         return checkpointer.restore(path, like)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    ["quantile", "skip"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("number", "z-score")],
+)
 @pytest.mark.parametrize("restored_by", [by_pickle, by_flax, by_orbax])
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

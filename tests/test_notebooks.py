@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-SLOW = ["2-half-precision"]  # Optax's clip of 450 leaves takes long to compile.
+SLOW = ["2-half-precision", "3-sharded-training"]
 
 
 def read(path):

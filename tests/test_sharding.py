@@ -326,7 +326,7 @@ def test_scan_over_steps_keeps_the_state_as_it_was(layout):
     assert_clipped(updates, tree, 0.25 * norm)
 
 
-@each_of(LAYOUTS, fast=LAYOUTS)
+@every_layout
 def test_skip_with_adaptive_thresholds(layout):
     """A spike and a NaN are skipped, and the norm of the clip inside is the same."""
     tree = draw(keys=("both", "one", "whole"))

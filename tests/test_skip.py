@@ -61,7 +61,14 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(
+    "inner",
+    ["clip and adam", "noise", "accumulation"]
+    + [
+        pytest.param(inner, marks=pytest.mark.slow)
+        for inner in ("adamw", "momentum", "schedule", "adafactor")
+    ],
+)
 @pytest.mark.parametrize(
     "bad",
     [100.0, np.nan]

@@ -51,7 +51,8 @@ MATRICES = {
 }
 each_matrix = pytest.mark.parametrize("matrix", MATRICES)
 each_compiled = pytest.mark.parametrize(
-    "compile", [lambda f: f, jax.jit], ids=["eager", "jit"]
+    "compile",
+    [pytest.param(lambda f: f, id="eager", marks=pytest.mark.slow), jax.jit],
 )
 
 

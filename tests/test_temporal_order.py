@@ -107,6 +107,7 @@ def test_an_interruption_costs_nothing(quick, tmp_path):
     assert calls == [0, 20, 40, 40, 60]
 
 
+@pytest.mark.slow
 def test_table_and_figure(quick, tmp_path, capsys):
     temporal_order.main(
         [
@@ -130,6 +131,7 @@ def test_table_and_figure(quick, tmp_path, capsys):
     assert temporal_order_figure.METHOD_COLOURS.keys() >= set(temporal_order.METHODS)
 
 
+@pytest.mark.slow
 def test_learns_the_shortest_sequences():
     state = temporal_order.start(1)
     state = temporal_order.advanced(state, 10)
