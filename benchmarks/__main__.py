@@ -6,7 +6,6 @@ Prints a table, and writes it with a figure to ``results/``, under the machine's
 import argparse
 import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import sys
@@ -18,7 +17,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from . import cases, figure
+from . import cases, command, figure
 from .trees import gpt2_small_shapes
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -49,9 +48,8 @@ def main() -> None:
 
     console.print(table(rows))
     results = {"machine": machine(), "versions": versions(), "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / slug()
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    command.write(results, stem.with_suffix(".json"))
     figure.draw(results, stem.with_suffix(".png"))
     console.print(f"Written to {stem}.json and {stem}.png")
 

@@ -4,7 +4,6 @@
 """
 
 import importlib.metadata
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from jax.sharding import AxisType, PartitionSpec  # noqa: E402
 
 import optax_globalclip  # noqa: E402
 
+from . import command  # noqa: E402
 from .trees import gpt2_small_shapes  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "compare.json"
@@ -55,7 +55,7 @@ def main() -> None:
         for name in ("jax", "optax", "optax_globalclip")
     }
     written = {"versions": versions, "rows": [row_._asdict() for row_ in rows]}
-    RESULTS.write_text(json.dumps(written, indent=1) + "\n")
+    command.write(written, RESULTS)
 
 
 # --- What the clips return.

@@ -5,10 +5,8 @@ hundreds of devices that need not exist. Prints and writes which collectives are
 compiled code, the temporary memory of a device, and how long the code took to build.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_globalclip import clip_by_global_norm
 
+from . import command
 from .__main__ import RESULTS, versions
 from .measure import collectives, compiled
 from .trees import llama_70b
@@ -70,11 +69,7 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compiles every program, prints the table, and writes it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sharding",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("sharding", __doc__)
     parser.add_argument("--devices", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
@@ -105,9 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Wide enough for the table where the output is no terminal.
     rich.console.Console(width=None if sys.stdout.isatty() else 110).print(table)
     results = {"versions": versions(), "rows": list(map(dataclasses.asdict, rows))}
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "llama-70b.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    command.write(results, path)
     print(f"Written to {path}")
 
 

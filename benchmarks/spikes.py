@@ -6,9 +6,7 @@ threshold, both adaptive ones, and skipping, at several seeds at once. Prints a 
 and writes it, a figure, and the norms that the tests are run on.
 """
 
-import argparse
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -31,6 +29,7 @@ from optax_globalclip import (
 )
 from optax_globalclip.__main__ import Digits, Network, draw_batches, load_sequences
 
+from . import command, spikes_figure
 from .__main__ import RESULTS, versions
 
 LEARNING_RATE = 0.03
@@ -78,11 +77,7 @@ class Run(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains with every method, prints the table, writes it and the figure."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.spikes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("spikes", __doc__)
     parser.add_argument("--steps", type=int, default=2000, help="of each run")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
@@ -102,12 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
         "seeds": args.seeds,
         "rows": rows,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "spikes.json").write_text(json.dumps(results, indent=1) + "\n")
+    command.write(results, args.out / "spikes.json")
     np.save(args.out / "spikes-norms.npy", runs["constant"].norms.ravel())
-
-    from . import spikes_figure
-
     spikes_figure.draw(runs, args.out / "spikes.png")
     print(f"Written to {args.out}: spikes.json, spikes-norms.npy, spikes.png")
 

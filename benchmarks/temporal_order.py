@@ -10,9 +10,7 @@ All methods and seeds are trained at once, for one length of the sequences after
 other. What is done is kept: started again, it goes on where it was interrupted.
 """
 
-import argparse
 import functools
-import json
 import pathlib
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +25,7 @@ import rich.table
 
 from optax_globalclip import clip_updates
 
+from . import command, temporal_order_figure
 from .__main__ import RESULTS, versions
 
 UNITS = 50
@@ -40,8 +39,8 @@ STEPS = 40_000
 
 METHODS = ("no clipping", "clipped", "clipped, authors' rule")
 # By method: the threshold, and whether the rule for non-finite norms is on.
-MAX_NORMS = jnp.array([jnp.inf, 1.0, 1.0])
-RULES = jnp.array([False, False, True])
+MAX_NORMS = np.array([np.inf, 1.0, 1.0], np.float32)
+RULES = np.array([False, False, True])
 
 
 class Batch(NamedTuple):
@@ -69,11 +68,7 @@ class Progress(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains for every length, prints the table, writes it and the figure."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.temporal_order",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("temporal_order", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--steps", type=int, default=STEPS, help="at most, a length")
     parser.add_argument("--seeds", type=int, default=5)
@@ -92,13 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
         "seeds": args.seeds,
         "rows": rows,
     }
-    path = args.out / "temporal-order.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    command.write(results, args.out / "temporal-order.json")
     for length in args.lengths:
         _checkpoint(args.out, length, args.steps, args.seeds).unlink(missing_ok=True)
-
-    from . import temporal_order_figure
-
     temporal_order_figure.draw(results, args.out / "temporal-order.png")
     print(f"Written to {args.out}: temporal-order.json, temporal-order.png")
 

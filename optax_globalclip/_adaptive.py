@@ -1,8 +1,6 @@
 """Thresholds that adapt to the norms seen so far."""
 
 import math
-import numbers
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ._clip import check_count, check_number
 from ._threshold import Threshold, admitted
 
 
@@ -96,9 +95,10 @@ def zscore_threshold(
       Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
       <https://arxiv.org/abs/2504.02507>`_, 2025
     """
-    _check("z", z, lambda z: 0 <= z < math.inf, "a finite number of at least 0")
-    _check("decay", decay, lambda decay: 0 <= decay <= 1, "a number from 0 to 1")
-    _check_count("warmup_steps", warmup_steps, at_least=0)
+    check_number("z", z, lambda z: 0 <= z < math.inf, "a finite number of at least 0")
+    check_number("decay", decay, lambda decay: 0 <= decay <= 1, "a number from 0 to 1")
+    check_count("warmup_steps", warmup_steps, at_least=0)
+    warmup = max(warmup_steps, 1)
 
     def init() -> ZScoreState:
         return ZScoreState(jnp.float32(0), jnp.float32(0), jnp.int32(0))
@@ -112,11 +112,11 @@ def zscore_threshold(
         spike = jnp.isfinite(norm) & (norm > mean + margin)
         # The ratio, as the square of the margin overflows for norms of 1e20.
         share = jnp.where(spike, margin / jnp.where(spike, norm - mean, 1), 1)
-        judged = state.num_norms >= max(warmup_steps, 1)
+        judged = state.num_norms >= warmup
         threshold = jnp.where(judged, mean + margin * share, jnp.inf)
 
         num_norms = jnp.asarray(optax.safe_increment(state.num_norms))
-        warming_up = num_norms <= max(warmup_steps, 1)
+        warming_up = num_norms <= warmup
         # In warm-up the moments of all norms so far; later the authors' moving
         # averages, in which a deviation is that from the new mean.
         weight = jnp.where(warming_up, 1 / num_norms.astype(jnp.float32), 1 - decay)
@@ -185,9 +185,9 @@ def quantile_threshold(
       Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
       Networks <https://arxiv.org/abs/2007.14469>`_, 2020
     """
-    _check("q", q, lambda q: 0 <= q <= 1, "a number from 0 to 1")
-    _check_count("window", window, at_least=1)
-    _check_count("warmup_steps", warmup_steps, at_least=0)
+    check_number("q", q, lambda q: 0 <= q <= 1, "a number from 0 to 1")
+    check_count("window", window, at_least=1)
+    check_count("warmup_steps", warmup_steps, at_least=0)
     # Where the quantile of 1, 2, ... sorted norms lies. In float64, here and not in
     # the update: between 1 and a spike of 1e6 a float32 position is 4 off.
     positions = q * np.arange(window)
@@ -216,13 +216,3 @@ def quantile_threshold(
         return jnp.where(judged, quantile, jnp.inf), new_state
 
     return Threshold(init, update)
-
-
-def _check(name: str, value: float, fits: Callable[[float], bool], what: str) -> None:
-    if not isinstance(value, numbers.Real) or not fits(value):
-        raise ValueError(f"{name}={value!r}: pass {what}.")
-
-
-def _check_count(name: str, value: int, at_least: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < at_least:
-        raise ValueError(f"{name}={value!r}: pass an integer of at least {at_least}.")

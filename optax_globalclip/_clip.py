@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import chex
@@ -258,6 +258,24 @@ def check_scalar(
             f"{name}={value}: a norm is at least 0. Pass a number of at least 0, or "
             "math.inf never to clip."
         )
+
+
+def check_number(
+    name: str, value: float, fits: Callable[[float], bool], what: str
+) -> None:
+    """Raises if ``value`` is no real number that ``fits``, which is to be ``what``."""
+    if not isinstance(value, numbers.Real) or not fits(value):
+        raise ValueError(f"{name}={value!r}: pass {what}.")
+
+
+def check_count(name: str, value: int, at_least: int, otherwise: str = "") -> None:
+    """Raises if ``value`` is no integer of at least so much."""
+    check_number(
+        name,
+        value,
+        lambda value: isinstance(value, numbers.Integral) and value >= at_least,
+        f"an integer of at least {at_least}{otherwise}",
+    )
 
 
 def check_nonfinite(nonfinite: NonFinite) -> None:

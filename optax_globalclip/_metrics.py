@@ -89,20 +89,23 @@ def _name(path: tuple) -> str:
 def _metrics_of(
     state: ClipByGlobalNormState | SkipByGlobalNormState,
 ) -> dict[str, jax.Array]:
+    # Each makes arrays of the fields first: Flax NNX keeps each in a Variable, which
+    # changes at the next update.
     is_skip = isinstance(state, SkipByGlobalNormState)
     return _skip_metrics(state) if is_skip else _clip_metrics(state)
 
 
 def _skip_metrics(state: SkipByGlobalNormState) -> dict[str, jax.Array]:
+    scalars = map(jnp.asarray, state[:-2])
+    state = SkipByGlobalNormState(*scalars, threshold_state=(), inner_state=())
     return {
-        "global_norm": jnp.asarray(state.global_norm),
-        "threshold": jnp.asarray(state.threshold),
+        "global_norm": state.global_norm,
+        "threshold": state.threshold,
         "skip_fraction": _share(state.num_skipped, state.num_updates),
     }
 
 
 def _clip_metrics(state: ClipByGlobalNormState) -> dict[str, jax.Array]:
-    # Flax NNX keeps each field in a Variable, which changes at the next update.
     state = ClipByGlobalNormState(*map(jnp.asarray, state[:-1]), threshold_state=())
     return {
         "global_norm": state.global_norm,
@@ -121,5 +124,4 @@ def _clipped_norm(state: ClipByGlobalNormState) -> jax.Array:
 
 
 def _share(count: jax.Array, updates: jax.Array) -> jax.Array:
-    updates = jnp.maximum(jnp.asarray(updates), 1).astype(jnp.float32)
-    return jnp.asarray(count).astype(jnp.float32) / updates
+    return count.astype(jnp.float32) / jnp.maximum(updates, 1).astype(jnp.float32)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import numbers
 from typing import Any, NamedTuple
 
 import chex
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ._axis_name import AxisName, leaf_axes
-from ._clip import Measured, UseNorm, norm_given, norm_of
+from ._clip import Measured, UseNorm, check_count, norm_given, norm_of
 from ._leaves import is_float0, is_sparse, split_leaves, values_of, with_values
 from ._mesh import replicated
 from ._norm import as_ord
@@ -109,7 +108,13 @@ def skip_by_global_norm(
     inner = optax.with_extra_args_support(inner)
     threshold = as_threshold(math.inf if max_norm is None else max_norm)
     checked_ord = as_ord(ord)
-    _check_skips(max_consecutive_skips)
+    if max_consecutive_skips is not None:
+        check_count(
+            "max_consecutive_skips",
+            max_consecutive_skips,
+            at_least=0,
+            otherwise=", or None for no limit",
+        )
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
         device = replicated(params)
@@ -199,14 +204,3 @@ def _select(taken, updates, new_state, state):
 
     updates = jax.tree.map(or_zero, updates, is_leaf=is_sparse)
     return updates, jax.tree.map(functools.partial(jnp.where, taken), new_state, state)
-
-
-def _check_skips(max_consecutive_skips: int | None) -> None:
-    if max_consecutive_skips is None:
-        return
-    integral = isinstance(max_consecutive_skips, numbers.Integral)
-    if not integral or max_consecutive_skips < 0:
-        raise ValueError(
-            f"max_consecutive_skips={max_consecutive_skips!r}: pass an integer of at "
-            "least 0, or None for no limit."
-        )

@@ -67,12 +67,12 @@ def autoclip(norms, q, window, warmup_steps):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def thresholds_of(update, state, norms):
+def thresholds_of(threshold, norms):
     def step(state, norm):
-        threshold, state = update(norm, state, jnp.int32(0))
-        return state, threshold
+        judged, state = threshold.update(norm, state, jnp.int32(0))
+        return state, judged
 
-    return jax.lax.scan(step, state, norms)
+    return jax.lax.scan(step, threshold.init(), norms)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -83,7 +83,7 @@ def thresholds_of(update, state, norms):
 def test_zscore_is_that_of_the_paper(stream, z, decay, warmup_steps):
     norms = STREAMS[stream]
     threshold = zscore_threshold(z, decay=decay, warmup_steps=warmup_steps)
-    _, found = thresholds_of(threshold.update, threshold.init(), norms)
+    _, found = thresholds_of(threshold, norms)
     expected = list(zclip(norms, z, decay, warmup_steps))
     np.testing.assert_allclose(found, expected, 1e-5)
 
@@ -96,7 +96,7 @@ def test_zscore_is_that_of_the_paper(stream, z, decay, warmup_steps):
 def test_quantile_is_that_of_the_paper(stream, q, window, warmup_steps):
     norms = STREAMS[stream]
     threshold = quantile_threshold(q, window=window, warmup_steps=warmup_steps)
-    _, found = thresholds_of(threshold.update, threshold.init(), norms)
+    _, found = thresholds_of(threshold, norms)
     expected = list(autoclip(norms, q, window, warmup_steps))
     np.testing.assert_allclose(found, expected, 1e-5)
 
@@ -116,7 +116,7 @@ def test_recorded_stream_has_what_poisons(threshold):
     assert np.isnan(RECORDED).any()
     finite = RECORDED[np.isfinite(RECORDED)]
     assert finite.max() > 100 * np.median(finite)
-    state, found = thresholds_of(threshold.update, threshold.init(), RECORDED)
+    state, found = thresholds_of(threshold, RECORDED)
     assert np.isinf(found[:10]).all()
     assert np.isfinite(found[10:]).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -125,7 +125,7 @@ def test_recorded_stream_has_what_poisons(threshold):
 @each_threshold
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_norms_change_nothing(threshold, bad):
-    state, _ = thresholds_of(threshold.update, threshold.init(), np.float32([1, 2] * 9))
+    state, _ = thresholds_of(threshold, np.float32([1, 2] * 9))
     judged, same = threshold.update(jnp.float32(bad), state, jnp.int32(0))
     assert np.isfinite(judged)
     jax.tree.map(np.testing.assert_array_equal, same, state)
@@ -159,15 +159,15 @@ def test_spike_is_clipped_and_the_next_one_too(threshold):
 def test_constant_norms(threshold):
     """No variance: 0/0, the square root of less than 0, or a threshold below them."""
     norms = np.full(200, 0.1, np.float32)
-    _, found = thresholds_of(threshold.update, threshold.init(), norms)
+    _, found = thresholds_of(threshold, norms)
     np.testing.assert_allclose(found[10:], 0.1, 1e-6)
-    _, found = thresholds_of(threshold.update, threshold.init(), 0 * norms)
+    _, found = thresholds_of(threshold, 0 * norms)
     np.testing.assert_array_equal(found[10:], 0)
 
 
 @each_threshold
 def test_counts_saturate(threshold):
-    state, _ = thresholds_of(threshold.update, threshold.init(), np.ones(200, "f4"))
+    state, _ = thresholds_of(threshold, np.ones(200, "f4"))
     state = state._replace(num_norms=jnp.int32(2**31 - 1))
     judged, state = threshold.update(jnp.float32(1), state, jnp.int32(0))
     assert state.num_norms == 2**31 - 1

@@ -30,19 +30,22 @@ fuses_sums = pytest.mark.skipif(
 )
 
 
-def step_of(clip):
-    tx = optax.chain(clip, optax.adamw(1e-3))
+def adamw_after(clip):
+    return optax.chain(clip, optax.adamw(1e-3))
 
+
+def compiled_step(clip, params):
+    return compiled_with(adamw_after(clip), params)
+
+
+def compiled_with(tx, params, donate=(0, 1)):
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return tx.init, jax.jit(step, donate_argnums=(0, 1))
-
-
-def compiled_step(clip, params):
-    init, step = step_of(clip)
-    return step.lower(params, jax.eval_shape(init, params), params).compile()
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(step, donate_argnums=donate)
+    return step.lower(params, state, params).compile()
 
 
 def compiled_clip(clip, updates):
@@ -132,16 +135,10 @@ def guarded(tx):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_skip_adds_no_temporary(dtype, optax_promotes):
     params = [abstract((1000 + i, 1024), dtype) for i in range(8)]
-    plain = optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3))
+    plain = adamw_after(clip_by_global_norm(1.0))
 
     def temporary_of(tx, donate):
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        state = jax.eval_shape(tx.init, params)
-        step = jax.jit(step, donate_argnums=donate)
-        return temporary(step.lower(params, state, params).compile())
+        return temporary(compiled_with(tx, params, donate=donate))
 
     assert temporary_of(guarded(plain), ()) <= temporary_of(plain, ()) + 1000
     # In place XLA on CPU copies moments that it would overwrite before their last use.
