@@ -32,13 +32,18 @@ def main() -> None:
     """Measures every case in turn, prints the table, writes JSON and figure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="in under two minutes")
+    parser.add_argument(
+        "--only", metavar="NAME", help="cases with this in their names; only prints"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
     # Wide enough for the table where the output is no terminal.
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 130)
-    todo = plan(quick=args.quick)
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
+    todo = plan(quick=args.quick, only=args.only or "")
+    if not todo:
+        parser.error(f"no case has {args.only!r} in its name")
     with rich.progress.Progress(console=console) as progress:
         task = progress.add_task("Cases", total=len(todo))
         for name, case in todo.items():
@@ -47,6 +52,8 @@ def main() -> None:
             progress.advance(task)
 
     console.print(table(rows))
+    if args.only:
+        return
     results = {"machine": machine(), "versions": versions(), "rows": rows}
     stem = args.out / slug()
     command.write(results, stem.with_suffix(".json"))
@@ -54,8 +61,15 @@ def main() -> None:
     console.print(f"Written to {stem}.json and {stem}.png")
 
 
-def plan(*, quick: bool) -> dict[str, Callable[[rich.progress.Progress], cases.Rows]]:
-    """The cases to run, by the names that the progress bar shows."""
+def plan(
+    *, quick: bool, only: str = ""
+) -> dict[str, Callable[[rich.progress.Progress], cases.Rows]]:
+    """The cases to run, by the names that the progress bar shows.
+
+    Args:
+      quick: whether to leave out what takes long.
+      only: what their names must hold.
+    """
     rounds = 5 if quick else 9
     dtypes = ["float32", "bfloat16"] if quick else ["float32", "bfloat16", "float16"]
     optimizers = ["AdamW"] if quick else list(cases.OPTIMIZERS)
@@ -82,7 +96,7 @@ def plan(*, quick: bool) -> dict[str, Callable[[rich.progress.Progress], cases.R
         cases.against_parameters, sizes, rounds
     )
     todo["growth with leaves"] = functools.partial(cases.against_leaves, counts)
-    return todo
+    return {name: case for name, case in todo.items() if only in name}
 
 
 def _fitting(sizes: list[int]) -> list[int]:
@@ -102,15 +116,21 @@ def table(rows: list[dict[str, Any]]) -> rich.table.Table:
         "milliseconds": "ms",
         "added_milliseconds": "added ms",
         "ratio": "ratio",
+        "ratio_quartiles": "quartiles",
         "temporary_mb": "temporary MB",
         "build_seconds": "build s",
         "share_of_copy_bandwidth": "of a copy's bandwidth",
     }
     printed = rich.table.Table(*headings.values())
     for row in rows:
-        cells = [row.get(field) for field in headings]
-        printed.add_row(*("" if cell is None else str(cell) for cell in cells))
+        printed.add_row(*(_cell(row.get(field)) for field in headings))
     return printed
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def machine() -> str:

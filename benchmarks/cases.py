@@ -12,7 +12,7 @@ import rich.progress
 
 import optax_globalclip
 
-from . import peers
+from . import by_hand, peers
 from .measure import Contender, compiled, interleaved, rows
 from .trees import gpt2_small_shapes, normals, num_entries, resnet50_shapes
 
@@ -28,8 +28,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def clips(max_norm: float = 1.0) -> Clips:
-    """The two clips that all cases compare."""
+    """The clips that all cases compare."""
     return {
+        "by hand": by_hand.clip_by_global_norm(max_norm),
         "optax": optax.clip_by_global_norm(max_norm),
         "ours": optax_globalclip.clip_by_global_norm(max_norm),
     }
@@ -108,7 +109,7 @@ def alone(
     for row in found:
         # The clip reads twice and writes once, the copy reads and writes.
         share = 1.5 * copy / contenders[row["contender"]].median()
-        clips_ = row["contender"] in ("optax", "ours")
+        clips_ = row["contender"] in clips()
         row["share_of_copy_bandwidth"] = round(share, 3) if clips_ else None
     return found
 

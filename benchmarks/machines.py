@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_globalclip import clip_by_global_norm, metrics
-from optax_globalclip.__main__ import Network, draw_batches, load_sequences
+from optax_globalclip._demo import Network, draw_batches, load_sequences
 
 from . import command
 

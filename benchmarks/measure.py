@@ -1,8 +1,8 @@
-"""How everything is timed: contenders in turn, round after round, and medians."""
+"""How everything is timed: contenders in random order in each round, and medians."""
 
 import dataclasses
 import math
-import re
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import rich.progress
 
-NAMES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-COLLECTIVE = re.compile(rf" ({NAMES})(?:-start)?\(")
+from . import programs
 
 
 @dataclasses.dataclass
@@ -62,13 +61,8 @@ def compiled(
 
 def collectives(executable: jax.stages.Compiled) -> list[tuple[str, int]]:
     """The collectives in the compiled code, and how many numbers each hands on."""
-    found = []
-    for line in (executable.as_text() or "").splitlines():
-        if match := COLLECTIVE.search(line):
-            shapes = re.findall(r"\w+\[([\d,]*)\]", line[: match.start()])
-            sizes = [[int(size) for size in s.split(",") if size] for s in shapes]
-            found.append((match[1], sum(map(math.prod, sizes))))
-    return found
+    found = programs.parse(executable.as_text() or "").collectives
+    return [(each.kind, each.numbers) for each in found]
 
 
 def interleaved(
@@ -78,7 +72,10 @@ def interleaved(
     *,
     shared: Any = None,
 ) -> None:
-    """Times the contenders in turn, each for at least 20 ms a round.
+    """Times the contenders in random order, each for at least 20 ms a round.
+
+    What a contender frees slows the one that runs after it, which should not always be
+    the same one. The orders are the same in every run.
 
     Args:
       contenders: by name; their ``seconds`` are filled.
@@ -108,9 +105,10 @@ def interleaved(
         timed(name)
         calls[name] = max(1, round(0.02 / timed(name)))
     task = progress.add_task("  rounds", total=rounds)
+    orders = random.Random(0)
     for _ in range(rounds):
-        for name, contender in contenders.items():
-            contender.seconds.append(timed(name))
+        for name in orders.sample(list(contenders), len(contenders)):
+            contenders[name].seconds.append(timed(name))
         progress.advance(task)
     progress.remove_task(task)
 
@@ -140,14 +138,19 @@ def rows(
             return own
         return [a - b for a, b in zip(own, contenders[beside].seconds, strict=True)]
 
+    def ratios(name: str) -> list[float]:
+        own, other = map(differences, (name, reference))
+        return [a / b if b else math.nan for a, b in zip(own, other, strict=True)]
+
     def ratio(name: str) -> float:
         if beside is not None:  # Differences may be about zero in a noisy round.
             own, other = map(differences, (name, reference))
             return statistics.median(own) / statistics.median(other)
-        pairs = zip(
-            contenders[name].seconds, contenders[reference].seconds, strict=True
-        )
-        return statistics.median(a / b for a, b in pairs)
+        return statistics.median(ratios(name))
+
+    def quartiles(name: str) -> list[float]:
+        low, _, high = statistics.quantiles(ratios(name), method="inclusive")
+        return [round(low, 3), round(high, 3)]
 
     found = []
     for name, contender in contenders.items():
@@ -161,6 +164,7 @@ def rows(
                 "milliseconds": round(1e3 * contender.median(), 3),
                 "added_milliseconds": None if beside is None else added,
                 "ratio": round(ratio(name), 3),
+                "ratio_quartiles": quartiles(name),
                 "ratio_to": reference,
                 "temporary_mb": None if temporary is None else round(temporary, 2),
                 "build_seconds": None if build is None else round(build, 3),

@@ -22,13 +22,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_globalclip import clip_by_global_norm
 
-from . import command
+from . import by_hand, command
 from .__main__ import RESULTS, versions
 from .measure import collectives, compiled
 from .trees import llama_70b
 
 CLIPS = {
     "none": optax.identity,
+    "by hand": lambda: by_hand.clip_by_global_norm(1.0),
     "optax": lambda: optax.clip_by_global_norm(1.0),
     "ours": lambda: clip_by_global_norm(1.0),
 }
@@ -48,7 +49,7 @@ class Row:
       devices: how many it is for.
       mode: how it is sharded.
       what: "clip" or "AdamW".
-      clip: whose clip it is, "none", "optax" or "ours".
+      clip: whose clip it is, a key of ``CLIPS``.
       all_reduces: how many, and
       numbers: of how many numbers together.
       others: how many other collectives.
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         (devices, mode, what, clip)
         for devices in args.devices
         for mode in MODES
-        for what, clips in {"clip": ["optax", "ours"], "AdamW": list(CLIPS)}.items()
+        for what, clips in {"clip": list(CLIPS)[1:], "AdamW": list(CLIPS)}.items()
         for clip in clips
     ]
     rows = []
@@ -113,23 +114,7 @@ def row(devices: int, mode: str, what: str, clip: str, layers: int) -> Row:
         axis_types=(MODES[mode],) * 2,
         devices=jax.devices()[:devices],
     )
-    tx = CLIPS[clip]()
-    if what == "AdamW":
-        tx = optax.chain(tx, optax.adamw(1e-3))
-    params, specs = abstract_params(llama_70b(layers))
-    state, state_specs = abstract_state(tx, params, specs)
-    place = functools.partial(jax.tree.map, functools.partial(_on, mesh))
-    arguments = (place(params, specs), place(state, state_specs), place(params, specs))
-    step: Callable = functools.partial(_step, tx)
-    if mode == "shard_map":
-        step = jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(specs, state_specs, specs),
-            out_specs=(specs, state_specs),
-            # Optax has each device clip by a norm of its own: the state differs.
-            check_vma=clip != "optax",
-        )
+    step, arguments = step_on(mesh, mode, what, clip, layers)
     with jax.set_mesh(mesh):
         executable, cost = compiled(step, *arguments, donate=(0, 1))
     found = collectives(executable)
@@ -145,6 +130,30 @@ def row(devices: int, mode: str, what: str, clip: str, layers: int) -> Row:
         temporary_mb=round(cost["temporary_mb"], 1),
         build_seconds=round(cost["build_seconds"], 1),
     )
+
+
+def step_on(
+    mesh: jax.sharding.Mesh, mode: str, what: str, clip: str, layers: int
+) -> tuple[Callable, tuple[Any, Any, Any]]:
+    """The step to compile, and what to compile it for: updates, state, parameters."""
+    tx = CLIPS[clip]()
+    if what == "AdamW":
+        tx = optax.chain(tx, optax.adamw(1e-3))
+    params, specs = abstract_params(llama_70b(layers))
+    state, state_specs = abstract_state(tx, params, specs)
+    place = functools.partial(jax.tree.map, functools.partial(_on, mesh))
+    arguments = (place(params, specs), place(state, state_specs), place(params, specs))
+    step: Callable = functools.partial(_step, tx)
+    if mode == "shard_map":
+        step = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(specs, state_specs, specs),
+            out_specs=(specs, state_specs),
+            # The peers have each device clip by a norm of its own: the state differs.
+            check_vma=clip not in ("optax", "by hand"),
+        )
+    return step, arguments
 
 
 def abstract_params(tree: Any) -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ from optax_globalclip import (
     skip_by_global_norm,
     zscore_threshold,
 )
-from optax_globalclip.__main__ import Digits, Network, draw_batches, load_sequences
+from optax_globalclip._demo import Digits, Network, draw_batches, load_sequences
 
 from . import command, spikes_figure
 from .__main__ import RESULTS, versions

@@ -13,7 +13,7 @@ import matplotlib.axes  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from optax_globalclip.__main__ import COLOURS  # noqa: E402
+from optax_globalclip._demo import COLOURS  # noqa: E402
 
 if TYPE_CHECKING:
     from .spikes import Run

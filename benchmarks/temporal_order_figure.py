@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from optax_globalclip.__main__ import COLOURS  # noqa: E402
+from optax_globalclip._demo import COLOURS  # noqa: E402
 
 METHOD_COLOURS = {**COLOURS, "clipped, authors' rule": "#56B4E9"}
 

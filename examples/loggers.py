@@ -19,7 +19,7 @@ import tensorboardX
 from flax import nnx
 
 from optax_globalclip import clip_by_global_norm, metrics
-from optax_globalclip.__main__ import Network, draw_batches, load_sequences
+from optax_globalclip._demo import Network, draw_batches, load_sequences
 
 Log = Callable[[Mapping[str, float], int], None]
 

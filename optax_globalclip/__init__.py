@@ -1,4 +1,4 @@
-"""Clips gradients by their global norm, in JAX, as Optax does it, but right.
+"""Gradient clipping by global norm for JAX and Optax.
 
 >>> import jax.numpy as jnp
 >>> import optax
@@ -12,21 +12,19 @@
 
 from importlib.metadata import version as _version
 
-from ._adaptive import (
-    quantile_threshold as quantile_threshold,
-    zscore_threshold as zscore_threshold,
-)
 from ._clip import clip_updates as clip_updates
 from ._metrics import metrics as metrics
 from ._norm import global_norm as global_norm, leaf_norms as leaf_norms
-from ._skip import (
-    SkipByGlobalNormState as SkipByGlobalNormState,
-    skip_by_global_norm as skip_by_global_norm,
+from ._threshold import (
+    Threshold as Threshold,
+    quantile_threshold as quantile_threshold,
+    zscore_threshold as zscore_threshold,
 )
-from ._threshold import Threshold as Threshold
 from ._transform import (
     ClipByGlobalNormState as ClipByGlobalNormState,
+    SkipByGlobalNormState as SkipByGlobalNormState,
     clip_by_global_norm as clip_by_global_norm,
+    skip_by_global_norm as skip_by_global_norm,
 )
 
 __version__ = _version("optax_globalclip")

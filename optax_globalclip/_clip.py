@@ -1,29 +1,29 @@
-"""Scaling a tree down to a norm, and what to do where that is not finite."""
+"""The clip: scaling a tree down to a norm, and what to do if that is not finite."""
 
-import dataclasses
 import functools
 import math
-import numbers
-import operator
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jax.experimental import checkify
 
-from ._axis_name import AxisName, leaf_axes
-from ._l2 import ScaledNorm
-from ._leaves import accumulator_dtype, split_leaves, values_of, with_values
-from ._mesh import Axes
-from ._norm import StaticOrd, as_ord, measure
-from ._scale import scale_factors, scaled
-
-NonFinite = Literal["nan", "zero", "error"]
+from . import _cpu
+from ._checks import NonFinite, Scalar, as_ord, as_scalar, check_nonfinite
+from ._mesh import factor_of, is_unreduced
+from ._norm import GlobalNorm, divide, formula_of, found, measure
+from ._range import wide
+from ._tree import (
+    AxisName,
+    Leaf,
+    accumulator_dtype,
+    split_updates,
+    values_of,
+    with_values,
+)
 
 
 class Clip(NamedTuple):
@@ -77,8 +77,8 @@ def clip_updates(
     inf or NaN in an entry   as ``nonfinite`` says, whatever ``max_norm``
     ``max_norm=0``           zeros
     ``max_norm=inf``         never clips
-    negative ``max_norm``    ValueError if concrete, taken as 0 if traced
-    NaN ``max_norm``         ValueError if concrete, NaN in every entry if traced
+    negative ``max_norm``    ValueError; 0 if it is a JAX array
+    NaN ``max_norm``         ValueError; NaN in every entry if it is a JAX array
     ``max_norm=None``        the updates as they are, non-finite ones too
     ======================== ===================================================
 
@@ -103,9 +103,10 @@ def clip_updates(
     Raises:
       TypeError: for an integer, bool or other leaf without a norm, by its path; for
         a ``max_norm`` or ``use_norm`` that is no real number.
-      ValueError: for a concrete ``max_norm`` or ``use_norm`` that is negative, a
-        ``max_norm`` that is NaN, one that is not a scalar, an ``ord`` less than 1,
-        an unknown ``nonfinite``.
+      ValueError: for a Python or NumPy number as ``max_norm`` or ``use_norm`` that is
+        negative, or as ``max_norm`` that is NaN; for either if it is not a scalar; for
+        an ``ord`` less than 1, an unknown ``nonfinite``, or one other than ``"nan"`` if
+        ``max_norm`` is None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,169 +122,50 @@ def clip_updates(
       `tf.clip_by_global_norm
       <https://www.tensorflow.org/api_docs/python/tf/clip_by_global_norm>`_
     """
-    check_nonfinite(nonfinite)
-    check_scalar("max_norm", max_norm)
-    check_scalar("use_norm", use_norm, nan_allowed=True)
-    leaves, join = split_leaves(updates)
-    axes = leaf_axes(leaves, updates, axis_name)
-    leaves, clip = _clip_updates(
-        leaves, max_norm, use_norm, as_ord(ord), nonfinite, axes
+    check_nonfinite(nonfinite, max_norm)
+    threshold = None if max_norm is None else as_scalar("max_norm", max_norm)
+    order = as_ord(ord)
+    leaves, join = split_updates(updates, axis_name)
+    arrays, clip = _clip_updates(
+        leaves,
+        norm_given(leaves, use_norm, order),
+        threshold,
+        formula_of(order),
+        nonfinite,
     )
     check_finite(clip, nonfinite)
-    return join(leaves), clip.norm
+    return join(arrays), clip.norm
 
 
-@functools.partial(jax.jit, static_argnames=("nonfinite", "axes"))
-def _clip_updates(leaves, max_norm, use_norm, ord, nonfinite, axes):
-    norm = norm_of(leaves, use_norm, ord, axes)
-    return clip_leaves(leaves, norm, max_norm, nonfinite)
+# One call outside ``jit``.
+@functools.partial(jax.jit, static_argnames="nonfinite")
+def _clip_updates(leaves, norm, threshold, formula, nonfinite):
+    norm = measure(leaves, formula) if norm is None else norm
+    return clip_leaves(leaves, norm, threshold, nonfinite)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("leaves", "norm", "ord"),
-    meta_fields=("axes",),
-)
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A norm, as ``use_norm``, for whoever asks for the norm of the same leaves.
-
-    One transformation hands it to those inside it, which may have changed the
-    updates before they reach one that asks.
-    """
-
-    leaves: Sequence[jax.Array]
-    norm: ScaledNorm
-    ord: StaticOrd | jax.Array
-    axes: tuple[Axes, ...]
-
-    def norm_of(
-        self,
-        leaves: Sequence[jax.Array],
-        ord: StaticOrd | jax.Array,
-        axes: tuple[Axes, ...],
-    ) -> ScaledNorm | None:
-        """The norm, if it is that of the very same arrays; else None."""
-        same = len(leaves) == len(self.leaves) and axes == self.axes
-        same = same and isinstance(ord, StaticOrd) and ord == self.ord
-        return (
-            self.norm if same and all(map(operator.is_, leaves, self.leaves)) else None
-        )
-
-
-UseNorm = chex.Numeric | Measured | None
-
-
-def norm_given(
-    use_norm: UseNorm,
-    leaves: Sequence[jax.Array],
-    ord: StaticOrd | jax.Array,
-    axes: tuple[Axes, ...],
-) -> chex.Numeric | ScaledNorm | None:
-    """The norm that ``use_norm`` holds for these leaves, None if they are others."""
-    if isinstance(use_norm, Measured):
-        return use_norm.norm_of(leaves, ord, axes)
-    check_scalar("use_norm", use_norm, nan_allowed=True)
-    return use_norm
-
-
-def norm_of(
-    leaves: Sequence[jax.Array],
-    use_norm: chex.Numeric | ScaledNorm | None,
-    ord: StaticOrd | jax.Array,
-    axes: tuple[Axes, ...],
-) -> ScaledNorm:
-    """The norm given, or else the norm measured."""
+def norm_given(leaves: Sequence[Leaf], use_norm: Any, ord: Scalar) -> GlobalNorm | None:
+    """The norm that the user or a transformation around has given, if one has."""
     if use_norm is None:
-        return measure(leaves, ord, axes)
-    if isinstance(use_norm, ScaledNorm):
-        return use_norm
-    dtype = accumulator_dtype(leaves)
-    return ScaledNorm(jnp.asarray(use_norm, dtype), jnp.ones((), dtype))
+        return found(leaves, ord)
+    use_norm = as_scalar("use_norm", use_norm, nan_allowed=True)
+    return GlobalNorm.given(
+        use_norm, accumulator_dtype([leaf.array for leaf in leaves])
+    )
 
 
 def clip_leaves(
-    leaves: Sequence[jax.Array],
-    norm: ScaledNorm,
-    max_norm: chex.Numeric | None,
+    leaves: Sequence[Leaf],
+    norm: GlobalNorm,
+    threshold: Scalar | None,
     nonfinite: NonFinite,
-) -> tuple[list[jax.Array], Clip]:
-    """Scales the leaves so that their norm is at most ``max_norm``."""
-    measured = norm.as_float()
-    finite = jnp.isfinite(norm.value)
-    if max_norm is None:
-        return list(leaves), Clip(
-            measured,
-            threshold=jnp.full_like(measured, math.inf),
-            scale=jnp.ones_like(measured),
-            clipped=jnp.zeros_like(finite),
-            finite=finite,
-        )
-
-    threshold = jnp.maximum(jnp.asarray(max_norm, measured.dtype), 0)
-    within = finite & (measured <= threshold)
-    value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
-    norm = ScaledNorm(value, jnp.where(within, 1, norm.unit))
-    factors = scale_factors(jnp.where(within, 1, threshold), norm)
-    zero = ~finite if nonfinite == "zero" else None
-    scale = factors[0] * factors[1]
-    if zero is not None:
-        scale = jnp.where(zero, 0, scale)
-    clip = Clip(measured, threshold, scale, finite & ~within, finite)
-    values = scaled(list(map(values_of, leaves)), factors, within, zero)
-    return list(map(with_values, leaves, values)), clip
-
-
-def check_scalar(
-    name: str, value: jax.typing.ArrayLike | None, *, nan_allowed: bool = False
-) -> None:
-    """Raises if ``value`` is no real scalar, or concrete and not a norm."""
-    if value is None:
-        return
-    real = isinstance(value, numbers.Real | np.ndarray | jax.Array)
-    if not real or jnp.iscomplexobj(value):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}. Pass a real number or a "
-            "scalar array."
-        )
-    if jnp.shape(value) != ():
-        raise ValueError(
-            f"{name} has shape {jnp.shape(value)}, but it is one number for the whole "
-            "tree. Pass a scalar, of shape ()."
-        )
-    if isinstance(value, Tracer):
-        return
-    if value < 0 or (math.isnan(value) and not nan_allowed):
-        raise ValueError(
-            f"{name}={value}: a norm is at least 0. Pass a number of at least 0, or "
-            "math.inf never to clip."
-        )
-
-
-def check_number(
-    name: str, value: float, fits: Callable[[float], bool], what: str
-) -> None:
-    """Raises if ``value`` is no real number that ``fits``, which is to be ``what``."""
-    if not isinstance(value, numbers.Real) or not fits(value):
-        raise ValueError(f"{name}={value!r}: pass {what}.")
-
-
-def check_count(name: str, value: int, at_least: int, otherwise: str = "") -> None:
-    """Raises if ``value`` is no integer of at least so much."""
-    check_number(
-        name,
-        value,
-        lambda value: isinstance(value, numbers.Integral) and value >= at_least,
-        f"an integer of at least {at_least}{otherwise}",
-    )
-
-
-def check_nonfinite(nonfinite: NonFinite) -> None:
-    """Raises if there is no such policy."""
-    if nonfinite not in get_args(NonFinite):
-        raise ValueError(
-            f"nonfinite={nonfinite!r}: it is one of {', '.join(get_args(NonFinite))}."
-        )
+) -> tuple[list[Any], Clip]:
+    """Scales the leaves so that their norm is at most the threshold."""
+    arrays = [leaf.array for leaf in leaves]
+    if threshold is None:
+        return arrays, _unclipped(norm)
+    values, clip = _clip(list(map(values_of, arrays)), norm, threshold, nonfinite)
+    return list(map(with_values, arrays, values)), clip
 
 
 def check_finite(clip: Clip, nonfinite: NonFinite) -> None:
@@ -295,3 +177,163 @@ def check_finite(clip: Clip, nonfinite: NonFinite) -> None:
             "optax_globalclip.leaf_norms tells which leaf it is in.",
             norm=clip.norm,
         )
+
+
+@jax.jit
+def _unclipped(norm: GlobalNorm) -> Clip:
+    finite = jnp.isfinite(norm.value)
+    return Clip(
+        norm.norm,
+        threshold=jnp.full_like(norm.norm, math.inf),
+        scale=jnp.ones_like(norm.norm),
+        clipped=jnp.zeros_like(finite),
+        finite=finite,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="nonfinite")
+def _clip(values, norm, threshold, nonfinite):
+    """Judges in the precision of ``norm.norm``; scales in that of ``norm.value``."""
+    threshold = jnp.maximum(jnp.asarray(threshold, norm.norm.dtype), 0)
+    finite = jnp.isfinite(norm.value)
+    within = finite & (norm.norm <= threshold)
+    zero = ~finite if nonfinite == "zero" else None
+    clip_to = threshold.astype(norm.value.dtype)
+    with jax.named_scope("clip_by_global_norm"):
+        shift, scale = _factors(clip_to, norm, within, zero)
+        values = _scaled(values, clip_to, norm, within, zero)
+    return values, Clip(
+        norm.norm,
+        threshold,
+        _reported(shift * scale, threshold, zero),
+        finite & ~within,
+        finite,
+    )
+
+
+def _reported(
+    scale: jax.Array, threshold: jax.Array, zero: jax.Array | None
+) -> jax.Array:
+    """The scale, 0 only if the result is: the smallest normal float if it is less."""
+    least = jnp.where(threshold > 0, float(jnp.finfo(jnp.float32).tiny), 0)
+    scale = jnp.maximum(scale, least.astype(scale.dtype))
+    return scale if zero is None else jnp.where(zero, 0, scale)
+
+
+@jax.custom_jvp
+def _factors(
+    threshold: jax.Array, norm: GlobalNorm, within: jax.Array, zero: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """``threshold / norm`` as a product of two floats, both 1 if ``within``.
+
+    The first is 1, unless the quotient is subnormal, which would be imprecise on GPU
+    and zero elsewhere. Both end in a division, because XLA on CPU would compute cheaper
+    factors again in the kernel of every leaf.
+    """
+    del zero
+    finite = jnp.isfinite(norm.value)
+    value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
+    unit = jnp.where(within, 1, norm.unit)
+    threshold = jnp.where(within, 1, threshold)
+    tiny = float(jnp.finfo(threshold.dtype).tiny)
+    # So much above ``tiny`` that the second factor is not 1, which means "keep".
+    least = 4 * tiny
+    whole = value * unit
+    too_large = finite & (whole == math.inf)
+    dividend = jnp.where(too_large, threshold * (1 / unit), threshold)
+    divisor = jnp.where(too_large, value, whole)
+    split = (dividend / divisor < tiny) & (threshold > 0)
+    dividend = jnp.where(split, threshold, dividend)
+    divisor = jnp.where(split, value * (unit * least), divisor)
+    shift = 1 / jnp.where(split, 1 / least, 1).astype(threshold.dtype)
+    return shift, dividend / divisor
+
+
+@_factors.defjvp
+def _factors_jvp(primals, tangents):
+    """With s = threshold/norm, the derivative of s is (threshold˙ - s norm˙)/norm."""
+    shift, scale = _factors(*primals)
+    norm, moved = _moved(primals, tangents, shift, scale)
+    slope = divide(moved, norm) / jax.lax.stop_gradient(shift)
+    return (shift, scale), (jnp.zeros_like(shift), slope)
+
+
+def _moved(primals, tangents, shift, scale):
+    """The norm, and threshold˙ - s norm˙; 1 and 0 if the updates stay as they are."""
+    _, norm, within, zero = primals
+    fixed = within if zero is None else within | zero
+    threshold_dot, norm_dot, shift, scale = (
+        jnp.where(fixed, 0, x.astype(scale.dtype))
+        for x in (tangents[0], tangents[1].norm, shift, scale)
+    )
+    norm = GlobalNorm(
+        norm.norm.astype(scale.dtype), *(jnp.where(fixed, 1, x) for x in norm[1:])
+    )
+    return norm, threshold_dot - shift * scale * norm_dot
+
+
+@jax.custom_jvp
+def _scaled(
+    values: list[jax.Array],
+    threshold: jax.Array,
+    norm: GlobalNorm,
+    within: jax.Array,
+    zero: jax.Array | None,
+) -> list[jax.Array]:
+    """The values if ``within``, zeros if ``zero``, else times ``threshold / norm``.
+
+    Multiplied in at least float32, and rounded once to the dtype of the values.
+    """
+    shift, scale = _factors(threshold, norm, within, zero)
+    # One operation in the kernel of a leaf, instead of those behind ``within``.
+    keep = scale == 1
+    return [_product_of(value, shift, scale, keep, zero) for value in values]
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    """With s = threshold/norm: s ẋ + x/norm · (threshold˙ - s norm˙)."""
+    (values, *others), (dots, *other_dots) = primals, tangents
+    shift, scale = _factors(*others)
+    norm, moved = _moved(others, other_dots, shift, scale)
+    zero = others[-1]
+    if zero is not None:
+        scale = jnp.where(zero, 0, scale)
+
+    def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:
+        to = wide(x, scale.dtype)
+        factors = (factor_of(x, f.astype(to)) for f in (shift, scale, moved))
+        shift_, scale_, moved_ = factors
+        if zero is not None:
+            x, dot = jnp.where(zero, 0, x), jnp.where(zero, 0, dot)
+        turned = divide(x.astype(to), norm) * moved_
+        return (dot.astype(to) * shift_ * scale_ + turned).astype(x.dtype)
+
+    return _scaled(*primals), list(map(tangent, values, dots))
+
+
+def kept_or_zero(value: jax.Array, keep: jax.Array) -> jax.Array:
+    """The value if ``keep``, else zeros."""
+    one = jnp.ones((), accumulator_dtype([value]))
+    return _product_of(value, one, one, keep, ~keep)
+
+
+def _product_of(value, shift, scale, keep, zero):
+    if is_unreduced(value) or not _cpu.can_multiply(value, scale):
+        return _product(value, shift, scale, keep, zero)
+    return jax.lax.platform_dependent(
+        value, shift, scale, keep, zero, cpu=_cpu.product, default=_product
+    )
+
+
+# Traced once for leaves of one type.
+@functools.partial(jax.jit, inline=True)
+def _product(value, shift, scale, keep, zero):
+    to = wide(value, scale.dtype)
+    shift, scale = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
+    product = (value.astype(to) * shift * scale).astype(value.dtype)
+    # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
+    # CPU and TPU, the second leaves NaN entries NaN.
+    if zero is not None:
+        product = jnp.where(zero, 0, product)
+    return jax.lax.select(keep, value, product)

@@ -1,15 +1,14 @@
-"""Mesh axes: over which ones a leaf is split, as its type tells, and sums across them.
+"""Mesh axes: over which ones an array is sharded, as its type says; all-reduces.
 
-In ``shard_map`` and ``pmap`` a leaf is one device's shard, and a sum must say over
-which axes it goes on. Where the axes are explicit, the types of the leaves tell as
-much, and ``on_shards`` enters ``shard_map``. Where they are auto, XLA alone knows how
-leaves are split, and sums across devices by itself.
+In ``shard_map`` and ``pmap`` an array is one device's shard, and its type says over
+which manual axes it varies. If axes are explicit, the type has the sharding, and
+``on_shards`` enters ``shard_map``. If axes are auto, XLA alone knows the shardings, and
+reduces over devices by itself.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,63 +18,70 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Axes = tuple[str, ...]
 
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def varying_axes(leaf: chex.Array) -> Axes:
-    """The manual axes over which the leaf differs, as far as its type tells."""
-    return _manual_type(leaf, "varying")
+def varying_axes(array: Any) -> Axes:
+    """The manual axes over which the array differs, as far as its type says."""
+    return _manual_axes(array, "varying")
+
+
+def is_typed(name: str) -> bool:
+    """Whether the types of arrays say if they vary over this manual axis.
+
+    Raises:
+      NameError: if no ``shard_map``, ``pmap`` or ``vmap`` binds the axis.
+    """
+    try:
+        return name in varying_axes(lax.axis_index(name))
+    except NameError:
+        mesh = jax.sharding.get_abstract_mesh()
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        manual = [name for name, type_ in types if type_ == AxisType.Manual]
+        raise NameError(
+            f"axis_name={name!r} is not bound here, where the manual mesh axes are "
+            f"{manual}. Pass one of those, in pmap or in shard_map with "
+            "check_vma=False. Leave axis_name out elsewhere: under plain jit the norm "
+            "is global already."
+        ) from None
 
 
 def on_shards(
-    measure: Callable[..., _Result],
-    leaves: Sequence[jax.Array],
-    axes: tuple[Axes, ...],
-    *args: Any,
-) -> _Result:
-    """``measure(leaves, axes, *args)``, in ``shard_map`` if all axes are explicit.
+    measure: Callable[..., _Result], arrays: Sequence[jax.Array], *args: Any
+) -> _Result | None:
+    """``measure(arrays, axes, *args)`` in ``shard_map``, if all axes are explicit.
 
-    There it takes one all-reduce for all leaves split over the same axes. XLA would
-    take one for each leaf and axis, and merge some of them.
+    Otherwise None. In ``shard_map`` one all-reduce serves all arrays sharded over the
+    same axes. XLA would insert one for each array and axis.
 
     Args:
       measure: a function to scalars that are the same on every device.
-      leaves: arrays.
-      axes: the manual mesh axes of each.
+      arrays: arrays.
       *args: trees of scalars.
     """
-    shardings = [jax.typeof(leaf).sharding for leaf in leaves]
+    shardings = [jax.typeof(array).sharding for array in arrays]
     meshes = [sharding.mesh for sharding in shardings]
-    # Not where some axes are manual: JAX 0.10 has no gradient of one shard_map in
-    # another if they differ in axes, as it orders the axes of residuals wrongly.
+    # Not if some axes are manual: JAX 0.10 has no gradient of one shard_map inside
+    # another if they differ in axes, because it orders the axes of residuals wrongly.
     mesh = next((m for m in meshes if set(m.axis_types) == {AxisType.Explicit}), None)
     if mesh is None:
-        return measure(leaves, axes, *args)
+        return None
 
     specs = [sharding.spec.update(reduced=frozenset()) for sharding in shardings]
-    leaves = [
-        jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
-        for leaf, spec in zip(leaves, specs, strict=True)
+    arrays = [
+        jax.sharding.reshard(array, NamedSharding(mesh, spec))
+        for array, spec in zip(arrays, specs, strict=True)
     ]
 
-    def measure_shards(leaves: list[jax.Array], *args: Any) -> _Result:
-        return measure(leaves, tuple(map(varying_axes, leaves)), *args)
+    def measure_shards(arrays: list[jax.Array], *args: Any) -> _Result:
+        return measure(arrays, tuple(map(varying_axes, arrays)), *args)
 
     return jax.shard_map(
         measure_shards,
         mesh=mesh,
         in_specs=(specs, *[PartitionSpec()] * len(args)),
         out_specs=PartitionSpec(),
-    )(leaves, *args)
-
-
-def by_axes(items: Sequence[_Item], axes: Sequence[Axes]) -> dict[Axes, list[_Item]]:
-    """The items of each set of axes."""
-    groups: dict[Axes, list[_Item]] = {}
-    for item, own in zip(items, axes, strict=True):
-        groups.setdefault(own, []).append(item)
-    return groups
+    )(arrays, *args)
 
 
 def all_reduce(
@@ -87,38 +93,38 @@ def all_reduce(
 
     Args:
       values: arrays of one shape and dtype.
-      axes: the manual mesh axes of each value; ``()`` where there are none.
+      axes: the manual mesh axes of each value; ``()`` if there are none.
       collective: ``jax.lax.psum`` or ``jax.lax.pmax``.
     """
     reduced = list(values)
-    for names, members in by_axes(range(len(values)), axes).items():
-        if names:
-            together = collective(jnp.stack([values[i] for i in members]), names)
-            for i, value in zip(members, together, strict=True):
-                reduced[i] = value
+    for names in dict.fromkeys(filter(None, axes)):
+        members = [i for i, own in enumerate(axes) if own == names]
+        together = collective(jnp.stack([values[i] for i in members]), names)
+        for i, value in zip(members, together, strict=True):
+            reduced[i] = value
     return reduced
 
 
-def is_unreduced(leaf: jax.Array) -> bool:
-    """Whether the leaf is the sum, put off, of what the devices hold."""
-    spec = jax.typeof(leaf).sharding.spec
-    return bool(_manual_type(leaf, "unreduced") or spec.unreduced)
+def is_unreduced(array: jax.Array) -> bool:
+    """Whether the array is unreduced: its cross-device sum is still pending."""
+    spec = jax.typeof(array).sharding.spec
+    return bool(_manual_axes(array, "unreduced") or spec.unreduced)
 
 
-def reduced(leaf: jax.Array) -> jax.Array:
-    """The leaf, in manual mode, with that sum carried out."""
-    unreduced = _manual_type(leaf, "unreduced")
-    return lax.psum(leaf, unreduced) if unreduced else leaf
+def reduced(array: jax.Array) -> jax.Array:
+    """The array, in manual mode, with that sum carried out."""
+    unreduced = _manual_axes(array, "unreduced")
+    return lax.psum(array, unreduced) if unreduced else array
 
 
-def factor_of(leaf: jax.Array, scalar: jax.Array) -> jax.Array:
-    """The scalar as a factor of the leaf.
+def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
+    """The scalar as a factor of the array.
 
-    JAX asks that it be marked as reduced over the axes over which the leaf is not, or
-    is marked so.
+    JAX requires it to be marked as reduced over the axes over which the array is
+    unreduced, or is marked as reduced.
     """
-    spec = jax.typeof(leaf).sharding.spec
-    if manual := _manual_type(leaf, "unreduced"):
+    spec = jax.typeof(array).sharding.spec
+    if manual := _manual_axes(array, "unreduced"):
         return lax.pcast(scalar, manual, to="reduced")
     if explicit := spec.unreduced | spec.reduced:
         return jax.sharding.reshard(scalar, PartitionSpec(reduced=explicit))
@@ -134,35 +140,21 @@ def replicated(params: optax.Params | None) -> NamedSharding | None:
     return None
 
 
-def is_local(leaf: jax.Array) -> bool:
-    """Whether the leaf lies on one device, or whole on each, or is one device's shard.
-
-    What XLA may yet shard is not to be read in chunks: it would gather it first.
-    """
-    sharding = jax.typeof(leaf).sharding
-    unknown = AxisType.Auto in sharding.mesh.axis_types
-    return not unknown and sharding.is_fully_replicated
+def has_mesh(array: jax.Array) -> bool:
+    """Whether the array lies on a mesh, or is a shard of one that does."""
+    return not jax.typeof(array).sharding.mesh.empty
 
 
-def by_type(leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
-    """The leaves in groups of one shape, dtype and, as far as is known, sharding.
-
-    Those of a group can be added without moving them between devices. Where XLA has
-    yet to choose the shardings, each leaf is a group of its own.
-    """
-    groups: dict[object, list[jax.Array]] = {}
-    for i, leaf in enumerate(leaves):
-        type_ = jax.typeof(leaf)
-        unknown = AxisType.Auto in type_.sharding.mesh.axis_types
-        groups.setdefault(i if unknown else type_, []).append(leaf)
-    return list(groups.values())
+def is_local(array: jax.Array) -> bool:
+    """Whether the array lies on one device, or is one device's shard."""
+    return set(jax.typeof(array).sharding.mesh.axis_types) <= {AxisType.Manual}
 
 
-def _manual_type(leaf: chex.Array, kind: str) -> Axes:
-    """The manual axes over which the leaf varies, or is unreduced."""
-    if not isinstance(leaf, Tracer):
+def _manual_axes(array: Any, kind: str) -> Axes:
+    """The manual axes over which the array varies, or is unreduced."""
+    if not isinstance(array, Tracer):
         return ()
-    aval = jax.typeof(leaf)
+    aval = jax.typeof(array)
     # jax 0.10 moved ``vma`` into ``mat``; older releases have the former only.
     if hasattr(aval, "mat"):
         return tuple(sorted(getattr(aval.mat, kind)))

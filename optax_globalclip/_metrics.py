@@ -1,21 +1,22 @@
 """What the states know, as scalars for a logger."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ._skip import SkipByGlobalNormState
-from ._transform import ClipByGlobalNormState
+from ._transform import ClipByGlobalNormState, SkipByGlobalNormState
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """The scalars of clips and skips, found anywhere inside an optimizer's state.
 
     Works inside and outside ``jit``, through every wrapper whose state is a pytree
-    (``chain``, ``partition``, ``masked``, ``MultiSteps``, ``inject_hyperparams``).
+    (``chain``, ``partition``, ``masked``, ``MultiSteps``, ``inject_hyperparams``). The
+    states may also be mappings with the names of their fields as keys, as in
+    ``flax.nnx.state(optimizer)`` and in checkpoints.
 
     Args:
       opt_state: the state of an optimizer with :func:`clip_by_global_norm` or
@@ -37,9 +38,10 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       * ``threshold``: above what norm it was to be skipped,
       * ``skip_fraction``: the share of all steps so far that were skipped.
 
-      Where there are several such states, each name is prefixed with the path of
-      its state and a slash; a clip in a skip has ``inner_state/`` in its own, and
-      tells of the last step that was taken. An empty dictionary where there is none.
+      If there are several such states, each name is prefixed with the path of its
+      state and a slash. A clip in a skip has ``inner_state/`` in its path, and its
+      metrics are those of the last step that was taken. If there is no such state,
+      the dictionary is empty.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,70 +59,92 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       clip_fraction: 1.0
       nonfinite_fraction: 0.0
     """
-    found = list(_states(opt_state))
+    found = list(_states(opt_state, ()))
     if len(found) == 1:
         return _metrics_of(found[0][1])
+    named = _named(found, lambda path: _name(path, simple=True))
+    # Short paths may be equal: those of the keys 1 and "1", or of "a/b" and a, then b.
+    if len(named) < len(found):
+        named = _named(found, lambda path: _name(path, simple=False))
     return {
-        "/".join(filter(None, (_name(path), name))): value
-        for path, state in found
-        for name, value in _metrics_of(state).items()
+        f"{prefix}/{name}" if prefix else name: value
+        for prefix, fields in named.items()
+        for name, value in _metrics_of(fields).items()
     }
 
 
-def _states(opt_state: optax.OptState) -> Iterator[tuple[tuple, Any]]:
-    """Our states, each with its path, an outer one before those in it."""
-    for path, state in jax.tree.leaves_with_path(opt_state, is_leaf=_is_ours):
-        if _is_ours(state):
-            yield path, state
-        if isinstance(state, SkipByGlobalNormState):
+Fields = Mapping[str, Any]
+
+
+def _states(node: Any, path: tuple) -> Iterator[tuple[tuple, Fields]]:
+    """The fields of our states, each with its path, an outer one before those in it."""
+    for inner_path, leaf in jax.tree.leaves_with_path(node, is_leaf=_is_ours):
+        if not _is_ours(leaf):
+            continue
+        fields = leaf if isinstance(leaf, Mapping) else leaf._asdict()
+        yield (*path, *inner_path), fields
+        if "inner_state" in fields:
             field = jax.tree_util.GetAttrKey("inner_state")
-            for inner_path, inner in _states(state.inner_state):
-                yield (*path, field, *inner_path), inner
+            yield from _states(fields["inner_state"], (*path, *inner_path, field))
 
 
 def _is_ours(node: object) -> bool:
-    return isinstance(node, ClipByGlobalNormState | SkipByGlobalNormState)
+    if isinstance(node, ClipByGlobalNormState | SkipByGlobalNormState):
+        return True
+    if not isinstance(node, Mapping) or not all(isinstance(key, str) for key in node):
+        return False
+    # Converters may leave out a threshold_state that is None.
+    optional = {"threshold_state", "inner_state"}
+    return any(
+        set(state._fields) - optional <= set(node) <= set(state._fields)
+        for state in (ClipByGlobalNormState, SkipByGlobalNormState)
+    )
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def _named(
+    found: list[tuple[tuple, Fields]], name: Callable[[tuple], str]
+) -> dict[str, Fields]:
+    return {name(path): fields for path, fields in found}
 
 
-def _metrics_of(
-    state: ClipByGlobalNormState | SkipByGlobalNormState,
-) -> dict[str, jax.Array]:
-    # Each makes arrays of the fields first: Flax NNX keeps each in a Variable, which
-    # changes at the next update.
-    is_skip = isinstance(state, SkipByGlobalNormState)
-    return _skip_metrics(state) if is_skip else _clip_metrics(state)
+def _name(path: tuple, *, simple: bool) -> str:
+    return jax.tree_util.keystr(path, simple=simple, separator="/" if simple else "")
 
 
-def _skip_metrics(state: SkipByGlobalNormState) -> dict[str, jax.Array]:
-    scalars = map(jnp.asarray, state[:-2])
-    state = SkipByGlobalNormState(*scalars, threshold_state=(), inner_state=())
+def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
+    # Arrays first: Flax NNX keeps each field in a Variable, which changes at the next
+    # update.
+    scalars = {
+        name: jnp.asarray(value)
+        for name, value in fields.items()
+        if name not in ("threshold_state", "inner_state")
+    }
+    return (
+        _skip_metrics(scalars) if "num_skipped" in scalars else _clip_metrics(scalars)
+    )
+
+
+def _skip_metrics(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {
-        "global_norm": state.global_norm,
-        "threshold": state.threshold,
-        "skip_fraction": _share(state.num_skipped, state.num_updates),
+        "global_norm": state["global_norm"],
+        "threshold": state["threshold"],
+        "skip_fraction": _share(state["num_skipped"], state["num_updates"]),
     }
 
 
-def _clip_metrics(state: ClipByGlobalNormState) -> dict[str, jax.Array]:
-    state = ClipByGlobalNormState(*map(jnp.asarray, state[:-1]), threshold_state=())
+def _clip_metrics(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    norm, scale = state["global_norm"], state["clip_scale"]
+    threshold = state["threshold"]
+    # The norm may be larger than a float can hold, and the scale is rounded.
+    clipped_norm = jnp.where(scale > 0, jnp.minimum(norm, threshold), scale)
     return {
-        "global_norm": state.global_norm,
-        "clipped_norm": _clipped_norm(state),
-        "clip_scale": state.clip_scale,
-        "threshold": state.threshold,
-        "clip_fraction": _share(state.num_clipped, state.num_updates),
-        "nonfinite_fraction": _share(state.num_nonfinite, state.num_updates),
+        "global_norm": norm,
+        "clipped_norm": clipped_norm,
+        "clip_scale": scale,
+        "threshold": threshold,
+        "clip_fraction": _share(state["num_clipped"], state["num_updates"]),
+        "nonfinite_fraction": _share(state["num_nonfinite"], state["num_updates"]),
     }
-
-
-def _clipped_norm(state: ClipByGlobalNormState) -> jax.Array:
-    """Norm times scale: 0 even where that is inf times 0, at most the threshold."""
-    product = jnp.where(state.clip_scale == 0, 0, state.global_norm * state.clip_scale)
-    return jnp.minimum(product, state.threshold)
 
 
 def _share(count: jax.Array, updates: jax.Array) -> jax.Array:

@@ -1,20 +1,22 @@
 """Thresholds: what the norm is clipped to, at each step."""
 
-import dataclasses
-import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.tree_util import Partial
 
-from ._clip import check_scalar
+from ._checks import Scalar, as_scalar, check_count, check_number, check_static
+from ._norm import GlobalNorm
+
+# The longest span of moving averages that a change of level is waited for.
+_LONGEST_SPAN = 2000.0
 
 ThresholdState = Any  # A tree of arrays, which the threshold alone knows.
-_State = TypeVar("_State")
 
 
 class Threshold(NamedTuple):
@@ -22,11 +24,13 @@ class Threshold(NamedTuple):
 
     Attributes:
       init: ``init() -> state``, a tree of arrays whose structure, shapes and dtypes
-        never change; ``()`` for a threshold without memory.
+        never change; a tree without leaves for a threshold without memory.
       update: ``update(norm, state, count) -> (threshold, state)``. ``norm`` is the
         global norm before the clip, a float32 scalar; ``count`` the number of
-        updates before this one, an int32 scalar; ``threshold`` a real scalar. The
-        new state is kept only where ``norm`` is finite.
+        updates before this one, an int32 scalar; ``threshold`` a real scalar, which
+        the norm is compared with in float32. The new state is kept only if ``norm``
+        is finite. Both functions are called by ``update`` of the transformation, in
+        Python, each time.
 
     :func:`zscore_threshold` and :func:`quantile_threshold` are two.
 
@@ -57,54 +61,332 @@ class Threshold(NamedTuple):
 MaxNorm = chex.Numeric | optax.Schedule | Threshold
 
 
-def as_threshold(max_norm: MaxNorm) -> Threshold:
-    """Expresses all that ``max_norm`` can be as a threshold.
+def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:
+    """Checks ``max_norm``, and converts a number to a float."""
+    if max_norm is None or isinstance(max_norm, Threshold) or callable(max_norm):
+        return max_norm
+    return as_scalar("max_norm", max_norm)
 
-    ``update`` becomes a ``Partial``, so that it can be handed to ``jax.jit``: another
-    constant is then another operand, and compiles nothing.
+
+def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
+    """The threshold's state before any update; None if it keeps nothing.
+
+    The arrays are copies: the user's may be given out twice, or donated.
     """
-    if isinstance(max_norm, Threshold):
-        return max_norm._replace(update=Partial(max_norm.update))
-    if callable(max_norm):
-        return Threshold(_no_state, Partial(_Scheduled(max_norm)))
-    check_scalar("max_norm", max_norm)
-    return Threshold(_no_state, Partial(_constant, max_norm))
+    if not isinstance(max_norm, Threshold):
+        return None
+    state = max_norm.init()
+    copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    return copies if jax.tree.leaves(state) else None
 
 
 def next_threshold(
-    update: Callable, norm: jax.Array, state: ThresholdState, count: jax.Array
-) -> tuple[chex.Numeric, ThresholdState]:
-    """What ``update`` returns, but for a state that only finite norms enter."""
-    threshold, proposed = update(norm, state, count)
-    check_scalar("the threshold", threshold)
-    return threshold, admitted(norm, proposed, state)
+    max_norm: MaxNorm | None, norm: GlobalNorm, state: ThresholdState, count: jax.Array
+) -> tuple[GlobalNorm, Scalar | None, ThresholdState]:
+    """The norm as it is to be judged, the threshold, and the threshold's new state.
+
+    A :class:`Threshold` works in float32, so its norm is judged in float32.
+    """
+    if isinstance(max_norm, Threshold):
+        norm = norm._replace(norm=norm.norm.astype(jnp.float32))
+        own = max_norm.init() if state is None else state
+        threshold, proposed = max_norm.update(norm.norm, own, count)
+        new_state = admitted(norm.norm, _like(proposed, own), own)
+        kept = new_state if jax.tree.leaves(own) else None
+        return norm, _returned("Threshold.update", threshold), kept
+    if callable(max_norm):
+        return norm, _returned("The schedule max_norm", max_norm(count)), None
+    return norm, max_norm, None
 
 
-def admitted(norm: jax.Array, proposed: _State, state: _State) -> _State:
-    """The state proposed where the norm is finite, else the state as it was."""
+def admitted(
+    norm: jax.Array, proposed: ThresholdState, state: ThresholdState
+) -> ThresholdState:
+    """The state proposed if the norm is finite, else the state as it was."""
     finite = jnp.isfinite(norm)
-    return jax.tree.map(functools.partial(jnp.where, finite), proposed, state)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
 
 
-def _no_state() -> ThresholdState:
-    return ()
+def _returned(who: str, threshold: Any) -> Scalar:
+    if threshold is None:
+        raise TypeError(
+            f"{who} returned None as the threshold. Return a real scalar, or math.inf "
+            "never to clip."
+        )
+    return as_scalar("the threshold", threshold)
 
 
-def _constant(
-    max_norm: chex.Numeric, norm: jax.Array, state: ThresholdState, count: jax.Array
-) -> tuple[chex.Numeric, ThresholdState]:
-    del norm, count
-    return max_norm, state
+def _like(proposed: ThresholdState, state: ThresholdState) -> ThresholdState:
+    """The state proposed, checked to be of the structure, shapes and dtypes before."""
+    before, after = jax.tree.structure(state), jax.tree.structure(proposed)
+    if before != after:
+        raise ValueError(
+            f"Threshold.update returned a state of the structure {after} for one of "
+            f"{before}. Return the structure that init returns."
+        )
+    return jax.tree.map_with_path(_leaf_like, proposed, state)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scheduled:
-    """A schedule as ``Threshold.update``; ``jit`` sees two of one schedule as equal."""
+def _leaf_like(path: tuple, new: Any, old: Any) -> jax.Array:
+    where = f"state{jax.tree_util.keystr(path)}"
+    weak = not hasattr(new, "dtype") or getattr(new, "weak_type", False)
+    new, old = jnp.asarray(new), jnp.asarray(old)
+    if new.shape != old.shape:
+        raise ValueError(
+            f"Threshold.update returned {where} of shape {new.shape} for one of "
+            f"{old.shape}. Return the shape that init returns."
+        )
+    if new.dtype != old.dtype and not weak:
+        raise TypeError(
+            f"Threshold.update returned {where} of {new.dtype} for one of {old.dtype}. "
+            f"Return it .astype({str(old.dtype)!r}), or have init return {new.dtype}."
+        )
+    return new.astype(old.dtype)
 
-    schedule: optax.Schedule
 
-    def __call__(
-        self, norm: jax.Array, state: ThresholdState, count: jax.Array
-    ) -> tuple[jax.typing.ArrayLike, ThresholdState]:
-        del norm
-        return self.schedule(count), state
+class ZScoreState(NamedTuple):
+    """State of :func:`zscore_threshold`.
+
+    Attributes:
+      norm_mean: running mean of the norms, float32 scalar.
+      norm_std: their running standard deviation, float32 scalar. It, and not its
+        square, so that norms of 1e30 have one.
+      num_norms: how many finite norms there were, int32 scalar; saturates.
+      spike_sum: the cumulative sum that restarts the warm-up, float32 scalar.
+    """
+
+    norm_mean: jax.Array
+    norm_std: jax.Array
+    num_norms: jax.Array
+    spike_sum: jax.Array
+
+    @classmethod
+    def initial(cls) -> "ZScoreState":
+        """The state before any norm."""
+        return cls(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
+
+
+class QuantileState(NamedTuple):
+    """State of :func:`quantile_threshold`.
+
+    Attributes:
+      recent_norms: the last finite norms, oldest first, float32 of shape [window];
+        inf in front of them until there are enough.
+      num_norms: how many finite norms there were, int32 scalar; saturates.
+    """
+
+    recent_norms: jax.Array
+    num_norms: jax.Array
+
+
+def zscore_threshold(
+    z: float = 2.5, *, decay: float = 0.97, warmup_steps: int = 25
+) -> Threshold:
+    r"""Clips norms that are more than ``z`` standard deviations above their mean.
+
+    This is ZClip. With the mean :math:`\mu` and the standard deviation :math:`\sigma`
+    of the norms so far, a norm :math:`n > \mu + z \sigma` is a spike. It is clipped to
+
+    .. math:: \mu + \frac{z^2}{(n - \mu) / \sigma} \sigma,
+
+    so higher spikes are clipped to lower values. If there is no spike, the threshold is
+    :math:`\mu + z \sigma`. The first ``warmup_steps`` norms are never clipped, and
+    :math:`\mu, \sigma` are their moments. Then, for a norm n clipped to c and with
+    :math:`\alpha` the ``decay``,
+
+    .. math::
+
+        \mu' = \alpha \mu + (1 - \alpha) c, \qquad
+        \sigma'^2 = \alpha \sigma^2 + (1 - \alpha) (c - \mu')^2.
+
+    Plain ZClip never leaves a level that norms have left for good: each new norm is a
+    spike, and as such hardly moves the mean. So there are two departures:
+
+    * If :math:`\sigma = 0`, there is no z-score, and a norm above :math:`\mu` is not
+      clipped.
+    * Each spike adds 1 to a sum, each other norm takes :math:`1/z^2` off it, down to 0.
+      If the sum reaches ``warmup_steps`` plus the span of the averages,
+      :math:`2/(1 - \alpha)` but at most 2,000, the warm-up begins again. By Cantelli's
+      inequality, a share of at most :math:`1/(1 + z^2)` of the norms can be spikes if
+      :math:`\mu` and :math:`\sigma` are right, whatever the distribution. The sum then
+      has no upward drift. A greater share shows that they are out of date.
+
+    A spike among the first norms counts in full: chain a constant clip as well if your
+    norms begin with some. The authors' code differs in that it
+
+    * clips to a constant 1 as well, even in warm-up;
+    * adds 1e-6 to the standard deviation, which decides the threshold of small norms;
+    * takes an inf or NaN into its averages, and never clips again. Here neither
+      enters them nor counts for ``warmup_steps``.
+
+    Args:
+      z: how many standard deviations above the mean, at least 0. It may be an array.
+      decay: of the moving averages, from 0 to 1; 0.97 looks back some 30 steps. It may
+        be an array.
+      warmup_steps: how many finite norms to see before any is clipped; static.
+
+    Returns:
+      A :class:`Threshold`, to pass as ``max_norm``.
+
+    Raises:
+      TypeError: if ``warmup_steps`` is an array.
+      ValueError: for an argument out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_globalclip
+      >>> threshold = optax_globalclip.zscore_threshold(warmup_steps=4)
+      >>> tx = optax_globalclip.clip_by_global_norm(threshold)
+      >>> state = tx.init(None)
+      >>> for norm in (1.0, 1.2, 0.8, 1.0, 100.0):
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> print(f"{state.global_norm:.0f} {state.threshold:.3f}")
+      100 1.001
+
+    References:
+      Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
+      <https://arxiv.org/abs/2504.02507>`_, 2025; Page, `Continuous inspection schemes
+      <https://doi.org/10.1093/biomet/41.1-2.100>`_, 1954, on cumulative sums
+    """
+    check_number("z", z, 0, math.inf)
+    check_number("decay", decay, 0, 1)
+    check_count("warmup_steps", warmup_steps, at_least=0)
+    # Subtracted here: in float64, if it is a Python number.
+    weight = 1 - decay
+
+    def update(
+        norm: jax.Array, state: ZScoreState, count: jax.Array
+    ) -> tuple[jax.Array, ZScoreState]:
+        del count
+        return _zscore_step(norm, state, z, weight, max(warmup_steps, 1))
+
+    return Threshold(ZScoreState.initial, update)
+
+
+@jax.jit
+def _zscore_step(norm, state, z, weight, warmup_steps):
+    z, weight = jnp.asarray(z, jnp.float32), jnp.asarray(weight, jnp.float32)
+    mean, std = state.norm_mean, state.norm_std
+    margin = z * std
+    judged = state.num_norms >= warmup_steps
+    above = judged & jnp.isfinite(norm) & (norm > mean + margin)
+    spike = above & (std > 0)
+    # The ratio, as the square of the margin overflows for norms of 1e20.
+    share = jnp.where(spike, margin / jnp.where(spike, norm - mean, 1), 1)
+    judged &= spike | ~above
+    threshold = jnp.where(judged, mean + margin * share, jnp.inf)
+
+    num_norms = jnp.asarray(optax.safe_increment(state.num_norms))
+    warming_up = num_norms <= warmup_steps
+    # In warm-up the moments of all norms so far; later the authors' moving
+    # averages, in which a deviation is that from the new mean.
+    decayed = weight
+    weight = jnp.where(warming_up, 1 / num_norms.astype(jnp.float32), weight)
+    kept = jnp.where(warming_up, 1 - weight, (1 - weight) ** 2)
+    deviation = jnp.minimum(norm, threshold) - mean
+    less = jnp.maximum(state.spike_sum - 1 / z**2, 0)
+    proposed = ZScoreState(
+        mean + weight * deviation,
+        _moved_std(std, deviation, weight, kept),
+        num_norms,
+        spike_sum=jnp.where(spike, state.spike_sum + 1, less),
+    )
+    span = jnp.minimum(2 / decayed, _LONGEST_SPAN)
+    restart = proposed.spike_sum >= warmup_steps + span
+    new_state = jax.tree.map(
+        lambda first, new: jnp.where(restart, first, new),
+        ZScoreState.initial(),
+        proposed,
+    )
+    return threshold, admitted(norm, new_state, state)
+
+
+def _moved_std(
+    std: jax.Array, deviation: jax.Array, weight: jax.Array, kept: jax.Array
+) -> jax.Array:
+    """The root of ``(1 - weight) * std**2 + weight * kept * deviation**2``.
+
+    As a change to ``std``: the roundings of a product or of ``jnp.hypot`` at every
+    step add up, to 4e-4 in 10,000 steps at a decay of 0.999, where these are 4e-6.
+    """
+    usual = jnp.abs(deviation) < 1e6 * std
+    ratio = jnp.where(usual, deviation / jnp.where(usual, std, 1), 0)
+    growth = weight * (kept * ratio * ratio - 1)
+    moved = std + std * growth / (1 + jnp.sqrt(1 + growth))
+    return jnp.where(usual, moved, jnp.sqrt(weight * kept) * jnp.abs(deviation))
+
+
+def quantile_threshold(
+    q: float, *, window: int = 1000, warmup_steps: int = 25
+) -> Threshold:
+    """Clips to a quantile of the last norms, the one at hand among them.
+
+    This is AutoClip. The quantile is interpolated linearly, as ``numpy.quantile``
+    does: 0 clips every step to the smallest norm in the window, 1 never clips.
+
+    It departs from the authors' code, which keeps every norm ever seen (here they are
+    the last ``window``), clips from the first step on, and takes an inf or NaN into
+    the history for good.
+
+    Args:
+      q: which quantile, from 0 to 1; the authors found 0.1 to do best.
+      window: how many norms to look back, at least 1. They are kept in the state.
+      warmup_steps: how many finite norms to see before any is clipped.
+
+    Returns:
+      A :class:`Threshold`, to pass as ``max_norm``.
+
+    Raises:
+      ValueError: for an argument out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_globalclip
+      >>> threshold = optax_globalclip.quantile_threshold(0.5, warmup_steps=4)
+      >>> tx = optax_globalclip.clip_by_global_norm(threshold)
+      >>> state = tx.init(None)
+      >>> for norm in (1.0, 4.0, 2.0, 3.0, 100.0):
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> print(updates, state.threshold)
+      [3.] 3.0
+
+    References:
+      Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
+      Networks <https://arxiv.org/abs/2007.14469>`_, 2020
+    """
+    check_static("q", q)
+    check_number("q", q, 0, 1)
+    check_count("window", window, at_least=1)
+    check_count("warmup_steps", warmup_steps, at_least=0)
+    # Where the quantile of 1, 2, ... sorted norms lies. In float64, here and not in
+    # the update: between 1 and a spike of 1e6 a float32 position is 4 off.
+    positions = float(q) * np.arange(window)
+    below, share = np.divmod(positions, 1)
+
+    def init() -> QuantileState:
+        return QuantileState(jnp.full(window, jnp.inf, jnp.float32), jnp.int32(0))
+
+    def update(
+        norm: jax.Array, state: QuantileState, count: jax.Array
+    ) -> tuple[jax.Array, QuantileState]:
+        del count
+        places = below.astype(np.int32), share.astype(np.float32)
+        return _quantile_step(norm, state, *places, warmup_steps)
+
+    return Threshold(init, update)
+
+
+@jax.jit
+def _quantile_step(norm, state, below, share, warmup_steps):
+    proposed = QuantileState(
+        jnp.append(state.recent_norms[1:], norm),
+        jnp.asarray(optax.safe_increment(state.num_norms)),
+    )
+    new_state = admitted(norm, proposed, state)
+    last = jnp.clip(new_state.num_norms, 1, below.size) - 1
+    ascending = jnp.sort(new_state.recent_norms)
+    low = below[last]
+    values = ascending[low], ascending[jnp.minimum(low + 1, last)]
+    quantile = values[0] + share[last] * (values[1] - values[0])
+    judged = (state.num_norms >= warmup_steps) & (new_state.num_norms > 0)
+    return jnp.where(judged, quantile, jnp.inf), new_state

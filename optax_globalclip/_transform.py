@@ -1,27 +1,40 @@
-"""The clip as an Optax gradient transformation."""
+"""The Optax gradient transformations, and their states."""
 
-import functools
-from typing import NamedTuple
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ._axis_name import AxisName, leaf_axes
-from ._clip import (
-    NonFinite,
-    UseNorm,
-    check_finite,
-    check_nonfinite,
-    clip_leaves,
-    norm_given,
-    norm_of,
-)
-from ._leaves import split_leaves
+from ._checks import NonFinite, as_ord, check_count, check_nonfinite
+from ._clip import Clip, check_finite, clip_leaves, kept_or_zero, norm_given
 from ._mesh import replicated
-from ._norm import as_ord
-from ._threshold import MaxNorm, ThresholdState, as_threshold, next_threshold
+from ._norm import GlobalNorm, formula_of, known_norm, measure
+from ._threshold import (
+    MaxNorm,
+    QuantileState,
+    Threshold,
+    ThresholdState,
+    ZScoreState,
+    as_max_norm,
+    initial_state,
+    next_threshold,
+)
+from ._tree import (
+    AxisName,
+    Leaf,
+    is_float0,
+    is_sparse,
+    split_updates,
+    values_of,
+    with_values,
+)
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -30,13 +43,15 @@ class ClipByGlobalNormState(NamedTuple):
     Attributes:
       global_norm: norm of the updates before the clip, float32 scalar; 0 at first.
       clip_scale: what the updates were multiplied by, float32 scalar; 1 at first,
-        and wherever the updates were returned as they were.
+        and if the updates were returned as they were. At least the smallest normal
+        float32, unless every update became 0.
       threshold: what the norm was clipped to, float32 scalar; inf at first, and
         where ``max_norm`` is None.
       num_updates: updates so far, int32 scalar; saturates, as the next two.
       num_clipped: how many of them were clipped, int32 scalar.
       num_nonfinite: how many of them had an inf or NaN entry, int32 scalar.
-      threshold_state: the threshold's own state; ``()`` for a number or schedule.
+      threshold_state: the threshold's own state; None if it keeps nothing, as
+        a number or a schedule.
     """
 
     global_norm: jax.Array
@@ -49,7 +64,7 @@ class ClipByGlobalNormState(NamedTuple):
 
 
 def clip_by_global_norm(
-    max_norm: MaxNorm | None = None,
+    max_norm: MaxNorm | None,
     *,
     ord: chex.Numeric = 2,
     nonfinite: NonFinite = "nan",
@@ -67,8 +82,9 @@ def clip_by_global_norm(
       update, with and without ``jax_enable_x64``;
     * it lies, from ``init`` on, on every device of the mesh that the parameters are on;
     * ``init`` looks at no value: it takes None and abstract arrays as well;
-    * ``None`` or ``optax.EmptyState()`` in its place, as in a bare call or in a
-      checkpoint written with Optax's clip, stands for the state before any update.
+    * whatever else is passed as the state (``None``, ``optax.EmptyState()``, another
+      transformation's state) counts as the state before any update, because Optax's
+      clip ignores its state, and published code relies on that.
 
     Args:
       max_norm: the largest global norm to let through: a number or scalar array, a
@@ -90,7 +106,7 @@ def clip_by_global_norm(
     Raises:
       TypeError: for a ``max_norm`` that is none of these; from ``update``, for a leaf
         without a norm, by its path.
-      ValueError: for a concrete ``max_norm`` that is negative, NaN or no scalar, an
+      ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
         ``ord`` less than 1, an unknown ``nonfinite``.
 
     Example:
@@ -110,75 +126,353 @@ def clip_by_global_norm(
       Pascanu et al., `On the difficulty of training recurrent neural networks
       <https://proceedings.mlr.press/v28/pascanu13.html>`_, 2013
     """
-    threshold = None if max_norm is None else as_threshold(max_norm)
-    checked_ord = as_ord(ord)
-    check_nonfinite(nonfinite)
+    max_norm, order = as_max_norm(max_norm), as_ord(ord)
+    check_nonfinite(nonfinite, max_norm)
 
-    def init_fn(params: optax.Params) -> ClipByGlobalNormState:
-        device = replicated(params)
-        scalar = functools.partial(jnp.full, (), device=device)
-        threshold_state = () if threshold is None else threshold.init()
+    def init_fn(params: optax.Params | None) -> ClipByGlobalNormState:
         return ClipByGlobalNormState(
-            global_norm=scalar(0, jnp.float32),
-            clip_scale=scalar(1, jnp.float32),
-            threshold=scalar(jnp.inf, jnp.float32),
-            num_updates=scalar(0, jnp.int32),
-            num_clipped=scalar(0, jnp.int32),
-            num_nonfinite=scalar(0, jnp.int32),
-            threshold_state=jax.device_put(threshold_state, device),
+            **_scalars(
+                params,
+                global_norm=np.zeros((), np.float32),
+                clip_scale=np.ones((), np.float32),
+                threshold=np.array(np.inf, np.float32),
+                num_updates=np.zeros((), np.int32),
+                num_clipped=np.zeros((), np.int32),
+                num_nonfinite=np.zeros((), np.int32),
+                threshold_state=initial_state(max_norm),
+            )
         )
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.OptState | None,
+        state: Any,
         params: optax.Params | None = None,
         *,
-        use_norm: UseNorm = None,
+        use_norm: chex.Numeric | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, ClipByGlobalNormState]:
         del params, extra_args
-        if state is None or isinstance(state, optax.EmptyState):
-            state = init_fn(())
-        leaves, join = split_leaves(updates)
-        axes = leaf_axes(leaves, updates, axis_name)
-        leaves, clip, new_state = _update(
-            leaves,
-            state,
-            norm_given(use_norm, leaves, checked_ord, axes),
-            None if threshold is None else threshold.update,
-            checked_ord,
-            nonfinite,
-            axes,
+        if not isinstance(state, ClipByGlobalNormState):
+            state = init_fn(None)
+        leaves, join = split_updates(updates, axis_name)
+        norm = norm_given(leaves, use_norm, order)
+        update = _step(max_norm, _update, _compiled_update)
+        arrays, clip, state = update(
+            leaves, state, norm, max_norm, formula_of(order), nonfinite
         )
         check_finite(clip, nonfinite)
-        return join(leaves), new_state
+        return join(arrays), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@functools.partial(jax.jit, static_argnames=("nonfinite", "axes"))
-def _update(leaves, state, use_norm, threshold_update, ord, nonfinite, axes):
-    """All the arithmetic of one update, so that it is one call outside ``jit`` too."""
-    norm = norm_of(leaves, use_norm, ord, axes)
-    threshold, threshold_state = None, state.threshold_state
-    if threshold_update is not None:
-        measured = norm.as_float().astype(jnp.float32)
-        threshold, threshold_state = next_threshold(
-            threshold_update, measured, threshold_state, state.num_updates
-        )
-    leaves, clip = clip_leaves(leaves, norm, threshold, nonfinite)
-    state = ClipByGlobalNormState(
+def _update(leaves, state, norm, max_norm, formula, nonfinite):
+    """Measures, finds the threshold, and clips: all the arithmetic of an update."""
+    norm = measure(leaves, formula) if norm is None else norm
+    norm, threshold, threshold_state = next_threshold(
+        max_norm, norm, state.threshold_state, state.num_updates
+    )
+    arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
+    state = _clipped(state._replace(threshold_state=None), clip)
+    return arrays, clip, state._replace(threshold_state=threshold_state)
+
+
+_compiled_update = jax.jit(_update, static_argnames="nonfinite")
+
+
+def _step(max_norm: MaxNorm | None, traced: Callable, compiled: Callable) -> Callable:
+    """The compiled function, unless it would call a function of the user's."""
+    return traced if callable(max_norm) or isinstance(max_norm, Threshold) else compiled
+
+
+@jax.jit
+def _clipped(state: ClipByGlobalNormState, clip: Clip) -> ClipByGlobalNormState:
+    """The state after a clip, but for that of the threshold."""
+    return state._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
         threshold=clip.threshold.astype(jnp.float32),
-        num_updates=count_if(state.num_updates, True),
-        num_clipped=count_if(state.num_clipped, clip.clipped),
-        num_nonfinite=count_if(state.num_nonfinite, ~clip.finite),
-        threshold_state=threshold_state,
+        num_updates=_count_if(True, state.num_updates),
+        num_clipped=_count_if(clip.clipped, state.num_clipped),
+        num_nonfinite=_count_if(~clip.finite, state.num_nonfinite),
     )
-    return leaves, clip, state
 
 
-def count_if(counter: jax.Array, happened: jax.Array | bool) -> jax.Array:
-    """The counter, incremented where it happened; it saturates."""
+class SkipByGlobalNormState(NamedTuple):
+    """State of :func:`skip_by_global_norm`: what the last update found and did.
+
+    Attributes:
+      global_norm: norm of the updates, float32 scalar; 0 at first.
+      threshold: above what norm they are skipped, float32 scalar; inf at first, and
+        where ``max_norm`` is None.
+      num_updates: updates so far, skipped ones too, int32 scalar; saturates, as the
+        next two.
+      num_skipped: how many of them were skipped, int32 scalar.
+      num_consecutive_skips: how many of the last in a row, int32 scalar; so the last
+        was skipped if it is not 0.
+      threshold_state: the threshold's own state; None if it keeps nothing.
+      inner_state: state of the inner transformation after the last update that was
+        not skipped.
+    """
+
+    global_norm: jax.Array
+    threshold: jax.Array
+    num_updates: jax.Array
+    num_skipped: jax.Array
+    num_consecutive_skips: jax.Array
+    threshold_state: ThresholdState
+    inner_state: optax.OptState
+
+
+def skip_by_global_norm(
+    inner: optax.GradientTransformation,
+    max_norm: MaxNorm | None = None,
+    *,
+    ord: chex.Numeric = 2,
+    axis_name: AxisName = None,
+    max_consecutive_skips: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Skips updates whose norm is not finite or above a threshold, whole.
+
+    For such a step the updates are zeros, and the state of ``inner`` stays as it was,
+    bit for bit: no moment and no counter of an optimizer knows of it. For any other
+    step, updates and state are those of ``inner``. Wrap the whole optimizer, with the
+    learning rate and weight decay in it:
+
+    ``skip_by_global_norm(optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    zscore_threshold(6.0))``
+
+    A :func:`clip_by_global_norm` inside that comes first does not measure the norm a
+    second time. Nothing waits for the device, or branches: ``inner`` always runs, and
+    its results are selected, so that this can be vmapped, sharded and scanned over.
+
+    Args:
+      inner: the transformation to skip, such as a whole optimizer.
+      max_norm: the largest norm of a step to be taken: a number or scalar array, a
+        schedule (called with ``num_updates``, before it increments), a
+        :class:`Threshold`, or None to skip non-finite updates only.
+      ord: the order of the norm, a real number of at least 1 or ``inf``.
+      axis_name: as for :func:`global_norm`.
+      max_consecutive_skips: after so many skips in a row, a step above the threshold
+        is taken, so that a threshold too low cannot stall a run for ever. One that is
+        not finite is skipped all the same. None for no such limit.
+
+    Returns:
+      A transformation whose ``update(updates, state, params=None, *, use_norm=None)``
+      takes, as an extra argument, a scalar to use as the global norm. It and all
+      other extra arguments are handed on to ``inner``.
+
+    Raises:
+      TypeError: for an ``inner`` that is no transformation or a ``max_norm`` that is
+        none of these; from ``update``, for a leaf without a norm, by its path.
+      ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
+        ``ord`` less than 1, a ``max_consecutive_skips`` less than 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_globalclip import skip_by_global_norm
+      >>> tx = skip_by_global_norm(optax.adam(0.1), max_norm=10.0)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for grads in (jnp.ones(2), jnp.full(2, 99.0), jnp.full(2, jnp.nan)):
+      ...     updates, state = tx.update(grads, state, params)
+      >>> print(updates, state.num_skipped, optax.tree.get(state, "mu"))
+      [0. 0.] 2 [0.1 0.1]
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"inner={inner!r} is no gradient transformation. Pass the optimizer first: "
+            "skip_by_global_norm(optax.adam(1e-3), max_norm)."
+        )
+    run_inner = _with_extra_args(inner)
+    max_norm = as_max_norm(math.inf if max_norm is None else max_norm)
+    order = as_ord(ord)
+    if max_consecutive_skips is not None:
+        check_count(
+            "max_consecutive_skips",
+            max_consecutive_skips,
+            at_least=0,
+            otherwise=", or None for no limit",
+        )
+
+    def init_fn(params: optax.Params) -> SkipByGlobalNormState:
+        scalars = _scalars(
+            params,
+            global_norm=np.zeros((), np.float32),
+            threshold=np.array(np.inf, np.float32),
+            num_updates=np.zeros((), np.int32),
+            num_skipped=np.zeros((), np.int32),
+            num_consecutive_skips=np.zeros((), np.int32),
+            threshold_state=initial_state(max_norm),
+        )
+        return SkipByGlobalNormState(**scalars, inner_state=inner.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SkipByGlobalNormState]:
+        if not isinstance(state, SkipByGlobalNormState):
+            state = init_fn(updates if params is None else params)
+        leaves, join = split_updates(updates, axis_name)
+        norm = norm_given(leaves, extra_args.get("use_norm"), order)
+        judge = _step(max_norm, _judge, _compiled_judge)
+        taken, leaves, norm, own = judge(
+            leaves,
+            state._replace(inner_state=None),
+            norm,
+            max_norm,
+            formula_of(order),
+            max_consecutive_skips,
+        )
+        with known_norm(leaves, order, norm):
+            new_updates, inner_state = run_inner(
+                join([leaf.array for leaf in leaves]),
+                state.inner_state,
+                params,
+                **extra_args,
+            )
+        _check_like(inner_state, state.inner_state)
+        new_updates, inner_state = _select(
+            taken, new_updates, inner_state, state.inner_state
+        )
+        return new_updates, own._replace(inner_state=inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_extra_args(inner: Any) -> Any:
+    """The inner update, which is passed extra arguments only if it takes any."""
+    if isinstance(inner, optax.GradientTransformationExtraArgs):
+        return inner.update
+    if not isinstance(inner, optax.GradientTransformation):
+        # Such as optax.MultiSteps, which is no transformation but has its methods.
+        kinds = [p.kind for p in inspect.signature(inner.update).parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            return inner.update
+    return lambda updates, state, params, **_: inner.update(updates, state, params)
+
+
+def _judge(leaves, state, norm, max_norm, formula, max_consecutive_skips):
+    """Measures, finds the threshold, judges; and what the inner one is run on.
+
+    That is zeros if the step is skipped: no check or search of the inner one sees it.
+    """
+    norm = measure(leaves, formula) if norm is None else norm
+    judged, threshold, threshold_state = next_threshold(
+        max_norm, norm, state.threshold_state, state.num_updates
+    )
+    state = state._replace(threshold_state=None)
+    taken, state = _judged(state, judged, threshold, max_consecutive_skips)
+    leaves, norm = _if_taken(taken, leaves, norm)
+    return taken, leaves, norm, state._replace(threshold_state=threshold_state)
+
+
+_compiled_judge = jax.jit(_judge)
+
+
+@jax.jit
+def _judged(
+    state: SkipByGlobalNormState,
+    norm: GlobalNorm,
+    threshold: Any,
+    max_consecutive_skips: Any,
+) -> tuple[jax.Array, SkipByGlobalNormState]:
+    """Whether the step is to be taken, and the state but for the inner's."""
+    threshold = jnp.maximum(jnp.asarray(threshold, norm.norm.dtype), 0)
+    # So that a threshold that is NaN skips, rather than lets all through.
+    taken = norm.norm <= threshold
+    if max_consecutive_skips is not None:
+        taken |= state.num_consecutive_skips >= max_consecutive_skips
+    taken &= jnp.isfinite(norm.value)
+    consecutive = _count_if(True, state.num_consecutive_skips)
+    return taken, state._replace(
+        global_norm=norm.norm.astype(jnp.float32),
+        threshold=threshold.astype(jnp.float32),
+        num_updates=_count_if(True, state.num_updates),
+        num_skipped=_count_if(~taken, state.num_skipped),
+        num_consecutive_skips=jnp.where(taken, 0, consecutive),
+    )
+
+
+@jax.jit
+def _if_taken(
+    taken: jax.Array, leaves: list[Leaf], norm: GlobalNorm
+) -> tuple[list[Leaf], GlobalNorm]:
+    """The leaves and their norm; zeros if the step is skipped."""
+    zeros = jax.tree.map(lambda x: jnp.where(taken, x, 0), (norm.norm, norm.value))
+    values = [kept_or_zero(values_of(leaf.array), taken) for leaf in leaves]
+    return [
+        Leaf(with_values(leaf.array, value), leaf.axes)
+        for leaf, value in zip(leaves, values, strict=True)
+    ], GlobalNorm(*zeros, norm.unit)
+
+
+@jax.jit
+def _select(
+    taken: jax.Array, updates: Any, new_state: Any, state: Any
+) -> tuple[Any, Any]:
+    """Updates and new state if taken, else zeros and the state as it was."""
+
+    def update_or_zero(leaf: Any) -> Any:
+        return leaf if is_float0(values_of(leaf)) else _array_if(taken, leaf)
+
+    def new_or_old(new: Any, old: Any) -> jax.Array:
+        old = jnp.asarray(old)
+        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+            return jnp.where(taken, new, old)
+        return jnp.where(taken, jnp.asarray(new).astype(old.dtype), old)
+
+    updates = jax.tree.map(update_or_zero, updates, is_leaf=is_sparse)
+    return updates, jax.tree.map(new_or_old, new_state, state)
+
+
+def _array_if(taken: jax.Array, array: Any) -> Any:
+    values = values_of(array)
+    return with_values(array, jnp.where(taken, values, jnp.zeros_like(values)))
+
+
+def _check_like(new_state: Any, state: Any) -> None:
+    """Raises if the inner state has another structure or other shapes than before."""
+    before, after = jax.tree.structure(state), jax.tree.structure(new_state)
+    if before != after:
+        raise ValueError(
+            f"The inner update returned a state of the structure {after} for one of "
+            f"{before}. A step cannot be skipped if the inner state changes: pass the "
+            "state that inner.init returns, and an inner that keeps its structure."
+        )
+    for (path, new), old in zip(
+        jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True
+    ):
+        if jnp.shape(new) != jnp.shape(old):
+            raise ValueError(
+                f"The inner update returned inner_state{jax.tree_util.keystr(path)} of "
+                f"shape {jnp.shape(new)} for one of {jnp.shape(old)}. Pass the state "
+                "that inner.init returns, and an inner that keeps its shapes."
+            )
+
+
+def _count_if(happened: jax.Array | bool, counter: jax.Array) -> jax.Array:
+    """The counter, incremented if it happened; it saturates."""
     return jnp.where(happened, optax.safe_increment(counter), counter)
+
+
+def _scalars(params: optax.Params | None, **fields: Any) -> dict[str, Any]:
+    """The fields, on every device of the mesh that the parameters are on.
+
+    From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
+    """
+    return jax.device_put(fields, replicated(params))
+
+
+for _state in (
+    ClipByGlobalNormState,
+    SkipByGlobalNormState,
+    ZScoreState,
+    QuantileState,
+):
+    jax.export.register_namedtuple_serialization(
+        _state, serialized_name=f"optax_globalclip.{_state.__name__}"
+    )

@@ -8,9 +8,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType
+
+# For tests that run code of Optax's own: it mixes dtypes, and uses deprecated names.
+RUNS_OPTAX = [
+    pytest.mark.usefixtures("optax_promotes"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 FLOATS = {
     "float16": np.dtype(np.float16),
@@ -51,6 +58,50 @@ def clipped(tree, max_norm: float, ord: float = 2):
         return leaf.astype(wide) * scale
 
     return jax.tree.map(clip, tree)
+
+
+def exact_norm(tree, ord: float = 2) -> np.longdouble:
+    """The norm in long doubles, for trees whose norm may leave float64's range."""
+    moduli = [np.abs(_long(leaf)).ravel() for leaf in jax.tree.leaves(tree)]
+    values = np.concatenate(moduli or [np.zeros(0, np.longdouble)])
+    largest = values.max(initial=np.longdouble(0))
+    if largest == 0 or not np.isfinite(largest) or ord == math.inf:
+        return largest
+    powers = (values / largest) ** np.longdouble(ord)
+    return largest * np.sum(powers) ** (1 / np.longdouble(ord))
+
+
+def exact_clipped(tree, max_norm, ord: float = 2):
+    """Every leaf times ``min(1, max_norm / norm)``, in long doubles."""
+    measured = exact_norm(tree, ord)
+    scale = 1 if measured <= max_norm else np.longdouble(max_norm) / measured
+    return jax.tree.map(lambda leaf: _long(leaf) * scale, tree)
+
+
+def _long(leaf) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    if np.iscomplexobj(leaf):
+        return leaf.astype(np.clongdouble)
+    return leaf.astype(np.float64).astype(np.longdouble)
+
+
+def assert_clipped(found, tree, max_norm, ord: float = 2, tolerance: float = 2e-6):
+    """Each entry is ``entry * max_norm / norm``, rounded once to the leaf's dtype.
+
+    XLA on CPU flushes subnormal float32 numbers, so results below the smallest normal
+    number may be zeros.
+    """
+    expected = exact_clipped(tree, max_norm, ord)
+    for new, old, right in zip(
+        *map(jax.tree.leaves, (found, tree, expected)), strict=True
+    ):
+        assert (new.dtype, new.shape) == (old.dtype, old.shape)
+        info = jnp.finfo(new.dtype)
+        half = info.dtype == np.float16
+        flushed = float(info.smallest_subnormal if half else info.tiny)
+        error = np.abs(_long(new) - right)
+        allowed = (eps(old) / 2 + tolerance) * np.abs(right) + flushed
+        assert (error <= allowed).all(), (new, right)
 
 
 def eps(leaf) -> float:

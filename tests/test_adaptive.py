@@ -78,7 +78,7 @@ def thresholds_of(threshold, norms):
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize(
     ("z", "decay", "warmup_steps"),
-    [(2.5, 0.97, 25), (6.0, 0.99, 300), (2.5, 0.999, 25), (0.0, 0.9, 1)],
+    [(2.5, 0.97, 25), (6.0, 0.99, 300), (2.5, 0.999, 25)],
 )
 def test_zscore_is_that_of_the_paper(stream, z, decay, warmup_steps):
     norms = STREAMS[stream]

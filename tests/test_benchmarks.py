@@ -1,7 +1,6 @@
 """The benchmarks time what they say, on trees small enough for a test."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import time
@@ -11,9 +10,21 @@ import numpy as np
 import pytest
 import rich.progress
 
-from benchmarks import cases, figure, report, sharding, spikes, spikes_figure
+from benchmarks import (
+    accelerators,
+    cases,
+    compiled_figure,
+    figure,
+    report,
+    sharding,
+    spikes,
+    spikes_figure,
+    transformer,
+)
 from benchmarks.__main__ import plan, table
 from benchmarks.measure import Contender, interleaved, rows
+from benchmarks.programs import Collective, Program
+from benchmarks.targets import TARGETS, Compiled
 from benchmarks.trees import gpt2_small_shapes, llama_70b, resnet50_shapes
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
@@ -24,17 +35,30 @@ def progress():
     return rich.progress.Progress(disable=True)
 
 
-def test_contenders_take_turns_and_share_what_is_updated_in_place(progress):
+def orders_of(names, rounds, progress):
+    """In which order contenders ran in each round; they share what is updated."""
     calls = []
 
     def contender(name):
-        return Contender(lambda value: calls.append(name) or value + 1)
+        def run(value):
+            time.sleep(0.03)  # One call a round.
+            calls.append(name)
+            return value + 1
 
-    contenders = {"a": contender("a"), "b": contender("b")}
-    interleaved(contenders, 3, progress, shared=0)
-    # Once to warm up, and then in three rounds.
-    assert [name for name, _ in itertools.groupby(calls)] == ["a", "b"] * 4
-    assert all(len(each.seconds) == 3 for each in contenders.values())
+        return Contender(run)
+
+    contenders = {name: contender(name) for name in names}
+    interleaved(contenders, rounds, progress, shared=0)
+    assert all(len(each.seconds) == rounds for each in contenders.values())
+    timed = calls[2 * len(names) :]  # After those that warm up.
+    return [timed[i : i + len(names)] for i in range(0, len(timed), len(names))]
+
+
+def test_contenders_run_in_random_order_once_a_round(progress):
+    orders = orders_of("abc", 4, progress)
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert orders == orders_of("abc", 4, progress)
 
 
 def test_preparations_are_not_timed(progress):
@@ -54,12 +78,15 @@ def test_what_is_added_is_the_difference_in_each_round():
     found = rows("added", "float32", contenders, beside="none")
     assert [row["added_milliseconds"] for row in found] == [0, 2000, 500]
     assert [row["ratio"] for row in found] == [0, 1, 0.25]
+    # In the three rounds 0.25, 0.25 and 1.
+    assert found[2]["ratio_quartiles"] == [0.25, 0.625]
 
 
 @pytest.mark.parametrize("optimizer", list(cases.OPTIMIZERS))
 def test_every_optimizer_runs(optimizer, progress, optax_promotes):
     found = cases.added_to_step(optimizer, [(130, 140)], "float32", 2, progress)
-    assert [r["contender"] for r in found] == ["none", "optax", "ours", "floor"]
+    names = [row["contender"] for row in found]
+    assert names == ["none", "by hand", "optax", "ours", "floor"]
     assert all(row["milliseconds"] > 0 for row in found)
     assert found[1]["temporary_mb"] is not None
 
@@ -142,3 +169,57 @@ def test_results_hold_every_case_of_the_plan():
         for dtype in ("float32", "bfloat16", "float16"):
             assert (f"added to {optimizer}", dtype) in timed
     assert len(plan(quick=True)) < len(plan(quick=False))
+
+
+def test_cases_are_selected_by_a_part_of_their_names():
+    assert list(plan(quick=True, only="AdamW")) == ["AdamW, float32", "AdamW, bfloat16"]
+    assert plan(quick=True, only="no such case") == {}
+
+
+def compiled_rows(target):
+    """As if each program of the plan had been compiled."""
+    reduced = (Collective("all-reduce", 2), Collective("all-reduce", 1))
+    cycles = None if target.name == "h100" else 10**6
+    program = Program(10**9, 10**9, 100, cycles, 0, 1, reduced)
+    compiled = Compiled(program, temporary_bytes=10**6, build_seconds=1.0)
+    return [
+        accelerators.row(case, clip, compiled)
+        for case in accelerators.plan(quick=False)
+        for clip in case.contenders
+    ]
+
+
+def test_compiled_programs_are_shown_as_not_measured(tmp_path):
+    for target in (TARGETS["v5e"], TARGETS["h100"]):
+        found = compiled_rows(target)
+        printed = accelerators.table(target, found)
+        assert printed.title == f"{target.title}: compiled, not measured"
+        assert printed.row_count == len(found)
+        path = tmp_path / f"compiled-{target.name}.json"
+        results = accelerators.merged(path, target, found)
+        assert results["what"] == "Compiled, not measured"
+        path.write_text(json.dumps(results))
+    assert accelerators.exchanged(found[0]["collectives"]) == "2 all-reduce (3)"
+    compiled_figure.draw(tmp_path)
+    assert (tmp_path / "compiled.png").stat().st_size > 10_000
+
+
+def test_compiled_rows_replace_those_of_the_same_cases(tmp_path):
+    path, target = tmp_path / "compiled-v5e.json", TARGETS["v5e"]
+    found = compiled_rows(target)
+    path.write_text(json.dumps(accelerators.merged(path, target, found)))
+    newer = [row | {"kernels": 1} for row in found[:4]]
+    rows = accelerators.merged(path, target, newer)["rows"]
+    assert rows == found[4:] + newer
+
+
+def test_transformer_has_gradients_for_all_parameters(optax_promotes):
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
+        transformer.shapes(blocks=1),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    tokens = jax.ShapeDtypeStruct((2, 16), "int32")
+    with jax.numpy_rank_promotion("allow"):  # As in the code of users.
+        grads = jax.eval_shape(jax.grad(transformer.loss_of), params, tokens)
+    assert grads == params

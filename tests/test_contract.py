@@ -28,7 +28,7 @@ FACTORIES = {
     "array": lambda: clip_by_global_norm(jnp.float32(1.0)),
     "schedule": lambda: clip_by_global_norm(optax.linear_schedule(2.0, 0.5, 10)),
     "threshold": lambda: clip_by_global_norm(RUNNING_MEAN),
-    "measure": lambda: clip_by_global_norm(),
+    "measure": lambda: clip_by_global_norm(None),
     "ord 1": lambda: clip_by_global_norm(1.0, ord=1),
     "ord 3": lambda: clip_by_global_norm(1.0, ord=3),
     "ord inf": lambda: clip_by_global_norm(1.0, ord=np.inf),

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec as P
 
 from optax_globalclip import clip_by_global_norm, metrics, skip_by_global_norm
-from optax_globalclip.__main__ import HIDDEN, Network, draw_batches, load_sequences
+from optax_globalclip._demo import HIDDEN, Network, draw_batches, load_sequences
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from optax_globalclip import __main__ as demo
+from optax_globalclip import _demo as demo
 
 
 def test_prints_a_table_and_how_to_do_it_oneself(capsys, tmp_path):

@@ -135,7 +135,9 @@ def test_clip_inside_a_skip_tells_of_the_last_step_taken():
 
 def test_paths_of_skips_in_wrappers():
     skip = skip_by_global_norm(clip_by_global_norm(1.0), 6.0)
-    tx = optax.chain(optax.masked(skip, {"w": True, "b": True}), clip_by_global_norm())
+    tx = optax.chain(
+        optax.masked(skip, {"w": True, "b": True}), clip_by_global_norm(None)
+    )
     names = {name.rpartition("/")[0] for name in after(tx, 1)}
     outer, inner = "0/inner_state", "0/inner_state/inner_state"
     assert names == {outer, inner, "1"}

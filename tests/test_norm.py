@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +189,7 @@ def test_leaf_norms_are_those_of_the_leaves():
 # --- ord.
 
 
-@pytest.mark.parametrize("ord", [0.5, -1, 0, math.nan, "2", None, jnp.float32(0.5)])
+@pytest.mark.parametrize("ord", [0.5, -1, 0, math.nan, np.array(0.5)])
 def test_ord_out_of_range(ord):
     with pytest.raises(ValueError, match="real number of at least 1"):
         global_norm(jnp.ones(3), ord=ord)
@@ -293,9 +294,11 @@ def test_one_program_outside_jit_and_none_on_the_second_call():
 
 
 def test_normal_range_reads_each_leaf_once():
-    """The rescue is a branch that is not taken, not a second accumulator."""
-    text = jax.jit(global_norm).lower(jnp.ones(1000)).as_text()
-    assert text.count("stablehlo.case") == 1
-    entry, rescue = text.split("stablehlo.case")
-    assert entry.count("stablehlo.reduce(") == 1
-    assert rescue.count("stablehlo.reduce(") == 1
+    """On CPU the rescue is a branch that is not taken, not a second accumulator."""
+    text = jax.jit(global_norm).lower(jnp.ones(10_000)).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    assert entry.count(" conditional(") == 1
+    (leaf,) = re.findall(r"(%\S+) = f32\[10000\]\S* parameter", entry)
+    readers = re.findall(rf" ([a-z-]+)\([^()]*{re.escape(leaf)}[,)]", entry)
+    # The sum of squares, and the operands of the branch.
+    assert sorted(readers) in (["fusion", "tuple"], ["conditional", "fusion"])

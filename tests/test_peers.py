@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from jax.experimental import checkify
 
 import optax_globalclip
 
@@ -29,6 +30,7 @@ def ours():
     """What the right-hand sides are written in."""
     grads = jax.tree.map(jnp.asarray, ARRAYS)
     return vars(optax_globalclip) | {
+        "checkify": checkify,
         "optax": optax,
         "grads": grads,
         "t_list": grads,
@@ -76,6 +78,9 @@ def test_torch(theirs, here):
     }
     norm = eval(theirs, names)
     found = eval(here, ours())
+    if "checkify" in here:
+        error, found = found
+        error.throw()
     clipped, found_norm = found if isinstance(found, tuple) else (None, found)
     if norm is not None:
         assert_close(found_norm, norm.numpy())
@@ -95,14 +100,17 @@ def test_torch_raises_where_ours_checks():
         torch.nn.utils.clip_grad_norm_([param], 1.0, error_if_nonfinite=True)
 
 
-def test_nonfinite_error_is_a_check():
-    clip = jax.experimental.checkify.checkify(
-        lambda grads: optax_globalclip.clip_updates(grads, 1.0, nonfinite="error")
-    )
-    error, _ = jax.jit(clip)([jnp.array([1.0, jnp.nan])])
-    assert "an entry is inf or NaN" in (error.get() or "")
-    error, _ = jax.jit(clip)([jnp.array([1.0, 2.0])])
-    assert error.get() is None
+def test_checked_clip_raises_where_torch_does():
+    ((_, here),) = [row for row in ROWS if "error_if_nonfinite=True" in row[0]]
+    names = ours()
+    error, (clipped, norm) = eval(here, names)
+    error.throw()
+    assert_close(norm, NORM)
+    assert_close(clipped, oracle.clipped(ARRAYS, 1.0))
+    names["grads"][0] = names["grads"][0].at[1].set(jnp.nan)
+    error, _ = eval(here, names)
+    with pytest.raises(checkify.JaxRuntimeError, match="an entry is inf or NaN"):
+        error.throw()
 
 
 @rows_of("tf")

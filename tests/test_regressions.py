@@ -24,14 +24,14 @@ def eight_devices():
     return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def test_skipping_by_a_product_leaves_nan():
+def test_non_finite_updates_are_zeroed_by_selection():
     # NaN * 0 is NaN. pytorch/pytorch#46849: only infinite norms end as zeros there.
     bad = [jnp.array([math.nan, math.inf, 1.0])]
     clipped, _ = clip_updates(bad, 1.0, nonfinite="zero")
     np.testing.assert_array_equal(clipped[0], [0, 0, 0])
 
 
-def test_non_finite_norm_switches_an_adaptive_threshold_off():
+def test_non_finite_norm_leaves_an_adaptive_threshold_on():
     mean = Threshold(
         init=lambda: jnp.float32(1),
         update=lambda norm, mean, count: (mean, 0.5 * mean + 0.5 * norm),
@@ -42,13 +42,13 @@ def test_non_finite_norm_switches_an_adaptive_threshold_off():
     assert (clipped[0], state.threshold) == (1, 1)
 
 
-def test_spike_detector_is_fed_the_norm_after_the_clip():
+def test_threshold_is_given_the_norm_before_the_clip():
     seen = Threshold(lambda: jnp.float32(1), lambda norm, state, count: (1.0, norm))
     _, state = clip_by_global_norm(seen).update([jnp.array([30.0])], None)
     assert (state.global_norm, state.threshold_state) == (30, 30)
 
 
-def test_zero_norm_and_zero_threshold_give_nan():
+def test_zero_norm_and_zero_threshold_give_zeros():
     # google-deepmind/optax#1752: 0 / 0 * 0.
     clipped, _ = clip_updates([jnp.zeros(3)], 0.0)
     np.testing.assert_array_equal(clipped[0], [0, 0, 0])
@@ -57,7 +57,7 @@ def test_zero_norm_and_zero_threshold_give_nan():
 @pytest.mark.parametrize(
     ("entry", "dtype"), [(300, "float16"), (1e20, "float32"), (1e20, "bfloat16")]
 )
-def test_finite_updates_whose_squares_overflow_become_zero(entry, dtype):
+def test_finite_updates_whose_squares_overflow_are_clipped(entry, dtype):
     # facebookresearch/fairscale#263, tracel-ai/burn#5699; optax 0.2.8 too.
     clipped, norm = clip_updates([jnp.full(3, entry, dtype)], 1.0)
     np.testing.assert_allclose(oracle.norm(clipped), 1, oracle.eps(clipped[0]))
@@ -65,27 +65,30 @@ def test_finite_updates_whose_squares_overflow_become_zero(entry, dtype):
 
 
 @pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_sentinel_for_a_non_finite_norm_negates_the_updates(compile):
+def test_infinite_norm_is_reported_and_gives_nan(compile):
     # deepspeedai/DeepSpeed#8614: the norm is -1 there, and max_norm / -1 the scale.
     clipped, norm = compile(lambda x: clip_updates(x, 1.0))(jnp.array([math.inf, 2.0]))
     assert norm == math.inf
     assert jnp.isnan(clipped).all()
 
 
-def test_scale_promotes_half_precision_updates():
+def test_strongly_typed_max_norm_keeps_every_dtype():
     tree = [jnp.ones(3, jnp.bfloat16), jnp.ones(3, jnp.float16), jnp.ones(3)]
     clipped, _ = clip_by_global_norm(jnp.float32(0.5)).update(tree, None)
     chex.assert_trees_all_equal_shapes_and_dtypes(clipped, tree)
 
 
-def test_strongly_typed_max_norm_raises():
+def test_max_norm_of_any_type_clips_half_precision_updates():
     # optax 0.2.8: lax.select takes no float32 beside bfloat16.
     for max_norm in (np.float32(1), jnp.float32(1), jnp.array(1), np.array(1.0)):
-        clip_by_global_norm(max_norm).update([jnp.ones(3, jnp.bfloat16)], None)
+        updates, _ = clip_by_global_norm(max_norm).update(
+            [jnp.full(4, 2, jnp.bfloat16)], None
+        )
+        np.testing.assert_array_equal(updates[0].astype(jnp.float32), [0.5] * 4)
 
 
 @pytest.mark.parametrize("max_norm", [2.2, 3.3, 7.7, 100.3])
-def test_unclipped_updates_change(max_norm):
+def test_unclipped_updates_keep_their_values(max_norm):
     # TensorFlow multiplies by c * (1 / c), PyTorch by c / (norm + 1e-6) at c = norm.
     tree = [jnp.array([0.1, 0.7, -2.0], jnp.float32)]
     for threshold in (max_norm, global_norm(tree)):
@@ -93,7 +96,7 @@ def test_unclipped_updates_change(max_norm):
         np.testing.assert_array_equal(clipped[0], tree[0])
 
 
-def test_state_changes_its_structure():
+def test_state_keeps_its_structure():
     # optax.monitor: a scan over its update raises.
     tx = clip_by_global_norm(1.0)
     state = tx.init(None)
@@ -102,12 +105,12 @@ def test_state_changes_its_structure():
     assert jax.tree.structure(state) == jax.tree.structure(later)
 
 
-def test_norm_before_the_first_step_is_that_of_the_parameters():
+def test_norm_before_the_first_step_is_zero():
     # optax.snapshot.
     assert clip_by_global_norm(1.0).init([jnp.full(3, 7.0)]).global_norm == 0
 
 
-def test_local_norm_under_shard_map():
+def test_norm_under_shard_map_is_global():
     # optax 0.2.8: each device clips by the norm of its own shard, without a word.
     mesh = eight_devices()
     spec = PartitionSpec("data")
@@ -123,7 +126,7 @@ def test_local_norm_under_shard_map():
     np.testing.assert_allclose(clipped, leaf / norm, 1e-6)
 
 
-def test_replicated_leaves_are_counted_once_a_device():
+def test_replicated_leaves_are_counted_once():
     # LBANN/lbann#2376.
     mesh = eight_devices()
     norm = jax.shard_map(
@@ -135,7 +138,7 @@ def test_replicated_leaves_are_counted_once_a_device():
     assert norm == 5
 
 
-def test_conditional_around_a_collective():
+def test_no_conditional_holds_a_collective():
     # Devices that disagree on the condition wait for each other for ever.
     mesh = eight_devices()
     norm = jax.shard_map(
@@ -153,17 +156,13 @@ def test_conditional_around_a_collective():
 
     program = jax.make_jaxpr(norm)(leaf).jaxpr
     assert len(collectives(program)) == 1
-    conditionals = [
-        equation
-        for equation in oracle.equations(program)
-        if equation.primitive.name == "cond"
-    ]
-    assert len(conditionals) == 1
-    for branch in conditionals[0].params["branches"]:
-        assert not collectives(branch.jaxpr)
+    for equation in oracle.equations(program):
+        if equation.primitive.name == "cond":
+            for branch in equation.params["branches"]:
+                assert not collectives(branch.jaxpr)
 
 
-def test_host_waits_for_the_device_at_each_step():
+def test_step_and_metrics_look_at_no_value():
     """The update and the metrics look at no value: abstract ones do."""
     tx = optax.chain(clip_by_global_norm(optax.constant_schedule(1.0)), optax.sgd(0.1))
 
@@ -177,7 +176,7 @@ def test_host_waits_for_the_device_at_each_step():
     assert "callback" not in str(jax.make_jaxpr(step)(grads, state))
 
 
-def test_norm_is_computed_twice_to_log_it():
+def test_logging_the_norm_measures_nothing_more():
     # AI-Hypercomputer/maxtext#5143.
     tx = clip_by_global_norm(1.0)
 
@@ -191,19 +190,19 @@ def test_norm_is_computed_twice_to_log_it():
     assert reductions(step) == reductions(global_norm)
 
 
-def test_statistics_count_as_gradients():
+def test_integers_and_bools_are_refused():
     for leaf in (jnp.arange(3), jnp.ones(3, bool), jnp.int8(1)):
         with pytest.raises(TypeError, match="takes float or complex arrays"):
             global_norm({"w": jnp.ones(3), "statistics": leaf})
 
 
-def test_each_tensor_is_clipped_by_its_own_norm():
+def test_tensors_are_clipped_by_one_norm():
     # huggingface/transformers#614.
     clipped, _ = clip_updates([jnp.array([3.0]), jnp.array([4.0])], 1.0)
     np.testing.assert_allclose(jnp.concatenate(clipped), [0.6, 0.8], 1e-6)
 
 
-def test_negative_threshold_flips_the_sign():
+def test_negative_threshold_keeps_the_sign():
     # optax 0.2.8 and torch.nn.utils.clip_grad_norm_.
     with pytest.raises(ValueError, match="max_norm=-1"):
         clip_by_global_norm(-1.0)
@@ -211,13 +210,13 @@ def test_negative_threshold_flips_the_sign():
     np.testing.assert_array_equal(clipped, [0, 0, 0])
 
 
-def test_non_finite_updates_raise_by_default():
+def test_non_finite_updates_give_nan_by_default():
     # tensorflow/tensorflow#27733.
     clipped, _ = clip_updates(jnp.array([math.inf, 1.0]), 1.0)
     assert jnp.isnan(clipped).all()
 
 
-def test_gradient_at_zero_is_nan():
+def test_gradient_at_zero_is_finite():
     # tensorflow/tensorflow#22048; optax 0.2.8 too.
     zero = jnp.zeros(3)
     np.testing.assert_array_equal(jax.grad(global_norm)(zero), zero)

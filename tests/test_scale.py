@@ -44,11 +44,19 @@ def test_every_bfloat16_is_kept_within_the_threshold(nonfinite):
 
 
 def test_ties_go_to_even_in_bfloat16():
-    # Halves of odd multiples of the spacing at 1 and at 2: ties, up and down.
-    leaf = np.array([1.0078125, 1.0234375, 3.015625], ml_dtypes.bfloat16)
-    product = leaf.astype(np.float32) * np.float32(1.00390625 / 2)
-    clipped, _ = clip_updates(leaf, 1.00390625 / 2, use_norm=1.0)
-    np.testing.assert_array_equal(clipped, product.astype(ml_dtypes.bfloat16))
+    # By 3/2, an odd number of 8 bits becomes one of 9 bits that ends in 1: a tie.
+    leaf = np.arange(129, 170, 2).astype(ml_dtypes.bfloat16)
+    product = leaf.astype(np.float32) * np.float32(0.75)
+    low = product.view(np.uint32) & 0xFFFF
+    upper_is_odd = (product.view(np.uint32) >> 16) & 1
+    assert (low == 0x8000).all()
+    assert set(upper_is_odd) == {0, 1}
+    expected = product.astype(ml_dtypes.bfloat16)
+    assert not (bits(expected) & 1).any()
+    for function in (clip_updates, jax.jit(clip_updates)):
+        for sign in (1, -1):
+            clipped, _ = function(leaf * leaf.dtype.type(sign), 0.75, use_norm=1.0)
+            np.testing.assert_array_equal(clipped, expected * leaf.dtype.type(sign))
 
 
 def plain(updates, max_norm):

@@ -19,7 +19,7 @@ def scaled(scale):
 
 def test_state_before_the_first_update():
     state = clip_by_global_norm(1.0).init(GRADS)
-    assert state == ClipByGlobalNormState(0, 1, jnp.inf, 0, 0, 0, ())  # pyright: ignore
+    assert state == ClipByGlobalNormState(0, 1, jnp.inf, 0, 0, 0, None)  # pyright: ignore
     dtypes = [leaf.dtype.name for leaf in jax.tree.leaves(state)]
     assert dtypes == ["float32"] * 3 + ["int32"] * 3
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))

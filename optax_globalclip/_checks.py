@@ -1,0 +1,137 @@
+"""Arguments: what is wrong with them, and what to pass instead."""
+
+import decimal
+import math
+import numbers
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NonFinite = Literal["nan", "zero", "error"]
+Scalar = float | jax.Array
+
+
+def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
+    """Converts a number to a float; returns an array on a device as it is.
+
+    The value of an array is never looked at: it may be traced, or not be ready.
+
+    Raises:
+      TypeError: for anything but a real number or a real array.
+      ValueError: for an array that is not a scalar, or for a Python or NumPy number
+        that is negative, NaN (unless ``nan_allowed``) or too large for a float.
+    """
+    if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        _check_array(name, value)
+    if isinstance(value, jax.Array):
+        return value
+    number = _as_float(name, value)
+    if number < 0 or (math.isnan(number) and not nan_allowed):
+        raise ValueError(
+            f"{name}={number}: a norm is at least 0. Pass a number of at least 0, or "
+            "math.inf never to clip."
+        )
+    return number
+
+
+def as_ord(ord: Any) -> Scalar:
+    """Converts the order of a norm to a float; returns an array as it is.
+
+    Raises:
+      ValueError: for anything but a real scalar; for a Python or NumPy number less than
+        1 or NaN.
+    """
+    shown = "array" if isinstance(ord, jax.Array) else repr(ord)
+    wrong = (
+        f"ord={shown}: the order of a norm is a real number of at least 1, "
+        "or math.inf for the largest entry."
+    )
+    try:
+        ord = as_scalar("ord", ord)
+    except (TypeError, ValueError) as error:
+        raise ValueError(wrong) from error
+    if isinstance(ord, float) and ord < 1:
+        raise ValueError(wrong)
+    return ord
+
+
+def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
+    """Raises if there is no such policy, or nothing that could carry it out."""
+    if nonfinite not in get_args(NonFinite):
+        raise ValueError(
+            f"nonfinite={nonfinite!r}: it is one of {', '.join(get_args(NonFinite))}."
+        )
+    if max_norm is None and nonfinite != "nan":
+        raise ValueError(
+            f"max_norm=None passes every update through, so nonfinite={nonfinite!r} "
+            "would do nothing. Pass max_norm=math.inf: it never clips finite updates."
+        )
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raises if ``value`` is no real scalar from ``least`` to ``most``, both finite."""
+    above = math.isinf(most)
+    what = f"of at least {least:g}" if above else f"from {least:g} to {most:g}"
+    shown = "array" if isinstance(value, jax.Array) else repr(value)
+    wrong = f"{name}={shown}: pass a finite number {what}."
+    try:
+        number = as_scalar(name, value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(wrong) from error
+    if isinstance(number, float) and not (
+        least <= number <= most and math.isfinite(number)
+    ):
+        raise ValueError(wrong)
+
+
+def check_static(name: str, value: Any) -> None:
+    """Raises if ``value`` is an array on a device."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} is an array, but it is static: it decides about shapes and what "
+            f"is compiled. Pass a Python number; in optax.inject_hyperparams, name "
+            f"{name!r} in static_args."
+        )
+
+
+def check_count(name: str, value: Any, at_least: int, otherwise: str = "") -> None:
+    """Raises if ``value`` is no Python or NumPy integer of at least so much."""
+    check_static(name, value)
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or value < at_least:
+        raise ValueError(
+            f"{name}={value!r}: pass an integer of at least {at_least}{otherwise}."
+        )
+
+
+def _check_array(name: str, value: jax.Array | np.ndarray | np.generic) -> None:
+    kinds = (jnp.floating, jnp.integer)
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"{name}={value.dtype}{list(value.shape)}: an array, but not of floats or "
+            "integers. Pass a real number or a scalar array of real numbers."
+        )
+    if value.shape != ():
+        raise ValueError(
+            f"{name} has shape {value.shape}, but it is one number for the whole "
+            "tree. Pass a scalar, of shape ()."
+        )
+
+
+def _as_float(name: str, value: Any) -> float:
+    known = numbers.Real | decimal.Decimal | np.ndarray | np.generic
+    if not isinstance(value, known) or isinstance(value, bool):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}. Pass a real number or a "
+            "scalar array."
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} is too large for a float. Pass math.inf never to clip."
+        ) from None

@@ -1,0 +1,242 @@
+"""What XLA on CPU needs in place of the formulas of ``_norm`` and ``_clip``.
+
+XLA on CPU fuses little into a reduction, computes bfloat16 in float32, and takes
+subnormal entries as zero. So here the three sums are one sum, and a second one behind a
+branch; a sum of what XLA does not fuse is a loop over chunks; small leaves are packed
+and padded; and bfloat16 is rounded by integers. Nothing of this is lowered for other
+platforms. Without this module everything is right, but slower, and subnormal entries
+count as zero on CPU. ``benchmarks/README.md`` has the figures.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._mesh import has_mesh
+from ._range import Range, add, fits, real_parts
+
+Values = Callable[[jax.Array], jax.Array]
+
+# The dtypes whose squares XLA on CPU fuses into their sum.
+_FUSED = (jnp.float32, jnp.bfloat16, jnp.float64)
+# Leaves of at most so many entries are stacked, so many of them at a time.
+_SMALL, _PACK = 4096, 64
+# The most entries in a chunk of a leaf: 256 KB of float32 stay in the cache.
+_CHUNK = 65536
+# The most entries of a leaf that is read in chunks: they are found by int32 indices.
+_INDEXED = 2**31 - _CHUNK
+# How many arrays are added one by one: leaves of one type, chunks of one leaf.
+_ADDENDS = 16
+# XLA on CPU adds fewer floats than about 4,096 one after the other.
+_ADDED_IN_A_TREE = 8192
+
+
+def can_sum(array: jax.Array) -> bool:
+    """Whether ``three_sums`` takes the array: not on a mesh, no symbolic shape."""
+    return not has_mesh(array) and all(isinstance(size, int) for size in array.shape)
+
+
+def three_sums(groups: list[list[jax.Array]], *, dtype: jnp.dtype) -> list[jax.Array]:
+    """The sums of squares of each group, with entries shrunk, as they are, and grown.
+
+    The second is computed. If some group needs one of the others, those are computed
+    too, in a branch: XLA on CPU would read the entries once for each.
+    """
+    limits = Range.of(dtype)
+    packed = list(map(_Packed.of, groups))
+    totals = [_sum_of_squares(each, dtype) for each in packed]
+    plain = jnp.stack(totals)
+    small, large = plain < limits.floor, ~(plain < math.inf)
+    trusted = [(total >= limits.floor) & (total < math.inf) for total in totals]
+
+    def rescue() -> jax.Array:
+        scales = jnp.where(small, limits.grow, limits.shrink).astype(dtype)
+        sums = [
+            _sum_of_squares(each, dtype, functools.partial(_scaled_modulus, scale=s))
+            for each, s in zip(packed, scales, strict=True)
+        ]
+        return jnp.stack(sums)
+
+    if all(fits(array.dtype, dtype) for group in groups for array in group):
+        rescued = jnp.where(jnp.isfinite(plain), 0, plain)
+    else:
+        rescued = lax.cond(
+            functools.reduce(operator.and_, trusted),
+            functools.partial(jnp.zeros_like, plain),
+            rescue,
+        )
+    shrunk, grown = jnp.where(large, rescued, 0), jnp.where(small, rescued, 0)
+    return list(jnp.stack([shrunk, plain, grown], 1))
+
+
+def can_multiply(array: jax.Array, factor: jax.Array) -> bool:
+    """Whether ``product`` takes the array: of bfloat16, not on a mesh."""
+    halves = array.dtype == jnp.bfloat16 and factor.dtype == jnp.float32
+    return halves and not has_mesh(array)
+
+
+def product(
+    array: jax.Array,
+    shift: jax.Array,
+    scale: jax.Array,
+    keep: jax.Array,
+    zero: jax.Array | None,
+) -> jax.Array:
+    """``array * shift * scale`` in bfloat16, by integers; the array if ``keep``.
+
+    XLA on CPU converts bfloat16 to float32 for a selection too, and merges one of the
+    conversions here with those of the norm: a float32 copy of the leaf, written and
+    read back. It also rounds once for each operation of the optimizer on the result.
+    To go when XLA on CPU fuses conversions from and to bfloat16.
+    """
+    bits = lax.bitcast_convert_type(array, jnp.uint16)
+    wide = lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+    wide = wide * shift * scale
+    wide_bits = lax.bitcast_convert_type(wide, jnp.uint32)
+    # To nearest: the upper half is incremented if the lower is more than half of its
+    # unit, or just half and the upper odd. Infinity stays; NaN might become one.
+    rounded = (wide_bits + 0x7FFF + (wide_bits >> 16 & 1)) >> 16
+    rounded = jnp.where(jnp.isnan(wide), 0x7FC0, rounded).astype(jnp.uint16)
+    if zero is not None:
+        rounded = jnp.where(zero, 0, rounded)
+    return lax.bitcast_convert_type(lax.select(keep, bits, rounded), jnp.bfloat16)
+
+
+class _Packed(NamedTuple):
+    """The leaves of a tree, with small ones of one type stacked.
+
+    Each reduction takes time to compile, and is a call at run time. Packs are no larger
+    because XLA's time grows with the square of the operands of one operation.
+
+    Attributes:
+      packs: stacked leaves.
+      large: the others, each as it was.
+    """
+
+    packs: list[jax.Array]
+    large: list[jax.Array]
+
+    @classmethod
+    def of(cls, leaves: Sequence[jax.Array]) -> "_Packed":
+        large = [leaf for leaf in leaves if leaf.size > _SMALL]
+        small = [leaf for leaf in leaves if leaf.size <= _SMALL]
+        packs = [
+            jnp.stack(alike[i : i + _PACK])
+            for alike in _by_type(small)
+            for i in range(0, len(alike), _PACK)
+        ]
+        return cls(packs, large)
+
+
+def _by_type(leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    groups: dict[object, list[jax.Array]] = {}
+    for leaf in leaves:
+        groups.setdefault(jax.typeof(leaf), []).append(leaf)
+    return list(groups.values())
+
+
+def _sum_of_squares(
+    leaves: _Packed, dtype: jnp.dtype, scaled: Values | None = None
+) -> jax.Array:
+    """The sum of squares of all entries, each first made ``scaled`` of it."""
+
+    def squares(leaf: jax.Array) -> jax.Array:
+        parts = real_parts(leaf, dtype)
+        if scaled is not None:
+            parts = list(map(scaled, parts))
+        return add(list(map(jnp.square, parts)))
+
+    sums = [_sum_entries(squares(pack)) for pack in leaves.packs]
+    for alike in _by_type(leaves.large):
+        first = alike[0]
+        if (scaled is None and first.dtype in _FUSED) or first.size > _INDEXED:
+            sums += [_sum_entries(squares(leaf)) for leaf in alike]
+        else:
+            for i in range(0, len(alike), _ADDENDS):
+                sums.append(_sum_in_chunks(alike[i : i + _ADDENDS], squares))
+    return add(sums)
+
+
+def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``abs(x) * scale``, and right for subnormal entries, which the CPU takes as 0.
+
+    Their bits are an integer: how many times the smallest subnormal they are.
+    """
+    info = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(x, f"uint{info.bits}")
+    bits = bits & (2 ** (info.bits - 1) - 1)
+    # Computed here, as the smallest subnormal would be zero there.
+    scaled_step = math.ldexp(Range.of(x.dtype).grow, int(info.minexp - info.nmant))
+    step = jnp.where(scale > 1, scaled_step, 0).astype(x.dtype)
+    subnormal = bits < 2**info.nmant
+    return jnp.where(subnormal, bits.astype(x.dtype) * step, jnp.abs(x) * scale)
+
+
+def _sum_entries(array: jax.Array) -> jax.Array:
+    """The sum of the entries of an array, to within a few units of its precision.
+
+    XLA on CPU adds few entries one after the other. With rows of zeros after them it
+    adds them in a tree: the norm of 3,000 equal entries was off by 3e-6 without, by
+    3e-8 with them. To go when XLA adds few in a tree too.
+    """
+    if 0 < array.size < _ADDED_IN_A_TREE:
+        rows = -(-_ADDED_IN_A_TREE // array.size)
+        array = jnp.pad(array[None], [(0, rows - 1)] + [(0, 0)] * array.ndim)
+    return jnp.sum(array)
+
+
+def _sum_in_chunks(leaves: list[jax.Array], values: Values) -> jax.Array:
+    """The sum of what XLA on CPU does not fuse into a sum, but materializes first.
+
+    As a loop over chunks it is fused. To go when XLA on CPU fuses into its sums what it
+    fuses elsewhere.
+    """
+    size = leaves[0].size
+    length = min(_CHUNK, size // _ADDENDS)
+    chunks = -(-size // length)
+
+    def add_values(leaves: list[jax.Array]) -> jax.Array:
+        return add(list(map(values, leaves)))
+
+    def chunk(i: jax.Array) -> jax.Array:
+        # The last chunk begins early enough to be whole. What it holds for the
+        # second time does not count.
+        start = jnp.minimum(i * length, size - length)
+        fresh = start + lax.iota(start.dtype, length) >= i * length
+        slices = [_slice(leaf, start, length, i) for leaf in leaves]
+        return jnp.where(fresh, add_values(slices), 0)
+
+    # Not the first chunk: its code would be compiled twice.
+    none = jnp.zeros(length, jax.eval_shape(add_values, leaves).dtype)
+
+    def block(i: jax.Array) -> jax.Array:
+        # Few enough chunks that adding them one after the other costs no precision.
+        first = i * _ADDENDS
+        last = jnp.minimum(first + _ADDENDS, chunks)
+        return _sum_entries(
+            lax.fori_loop(first, last, lambda j, sum_: sum_ + chunk(j), none)
+        )
+
+    blocks = -(-chunks // _ADDENDS)
+    return _sum_entries(lax.map(block, jnp.arange(blocks)))
+
+
+def _slice(leaf: jax.Array, start: jax.Array, length: int, i: jax.Array) -> jax.Array:
+    """Entries of the leaf, by their bits: XLA on CPU slices bfloat16 as float32.
+
+    It would convert the whole leaf first. The barrier makes the leaf depend on the
+    loop. Without it the cast to bits would be taken out of the loop, and materialized.
+    """
+    leaf, _ = lax.optimization_barrier((leaf, i))
+    bits = jnp.finfo(leaf.dtype).bits
+    if jnp.iscomplexobj(leaf) or bits < 16:
+        return lax.dynamic_slice(leaf.ravel(), (start,), (length,))
+    entries = lax.bitcast_convert_type(leaf.ravel(), f"uint{bits}")
+    entries = lax.dynamic_slice(entries, (start,), (length,))
+    return lax.bitcast_convert_type(entries, leaf.dtype)

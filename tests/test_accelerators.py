@@ -1,0 +1,215 @@
+"""What XLA compiles the clip to on TPUs and GPUs, which need not be there.
+
+Their compilers must: ``pip install -e '.[test,tpu]'``, and for GPUs, in an environment
+of its own, ``pip install -e '.[test]' 'jax[cuda12]'``. Run it by itself, as
+``JAX_PLATFORMS=cpu python -m pytest tests/test_accelerators.py``.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from benchmarks import by_hand, targets
+from benchmarks.programs import Collective
+from benchmarks.trees import gpt2_small_shapes
+from optax_globalclip import (
+    clip_by_global_norm,
+    quantile_threshold,
+    skip_by_global_norm,
+    zscore_threshold,
+)
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
+# Steps compile for seconds: of the dtypes, those with a rescue from overflow.
+DTYPES = ["float32", "bfloat16"]
+
+CLIPS = {
+    "none": optax.identity,
+    "by hand": lambda: by_hand.clip_by_global_norm(1.0),
+    "optax": lambda: optax.clip_by_global_norm(1.0),
+    "ours": lambda: clip_by_global_norm(1.0),
+    "z-score": lambda: clip_by_global_norm(zscore_threshold()),
+    "quantile": lambda: clip_by_global_norm(quantile_threshold(0.9, window=100)),
+    "zeros": lambda: clip_by_global_norm(1.0, nonfinite="zero"),
+}
+
+SHARDED = {
+    "both axes": {"up": P("x", "y"), "down": P("y", "x")},
+    "both axes, and whole": {"up": P("x", "y"), "down": P("y", "x"), "scale": P()},
+    "one axis and the other": {"up": P("x"), "down": P("y")},
+}
+DISTINCT_SETS = {"both axes": 1, "both axes, and whole": 1, "one axis and the other": 2}
+
+
+@pytest.fixture(params=targets.TARGETS)
+def target(request):
+    found = targets.TARGETS[request.param]
+    if not found.is_available:
+        pytest.skip(f"no compiler for {found.title}: {found.install}")
+    return found
+
+
+def leaf(*shape, dtype="float32", sharding=None):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+
+def two_blocks(dtype):
+    """28 of GPT-2's leaves: too large for the VMEM of a TPU."""
+    shapes = gpt2_small_shapes() | {"blocks": gpt2_small_shapes()["blocks"][:2]}
+    return jax.tree.map(
+        lambda shape: leaf(*shape, dtype=dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def size_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def compile_step(target, tx, params):
+    """A step that updates parameters and state in place."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = target.place(params)
+    state = target.place(jax.eval_shape(tx.init, params))
+    return target.compile(step, params, state, params, donate=(0, 1))
+
+
+@functools.cache
+def adamw_after(target_name, clip, dtype):
+    tx = optax.chain(CLIPS[clip](), optax.adamw(1e-3))
+    return compile_step(targets.TARGETS[target_name], tx, two_blocks(dtype))
+
+
+def compile_clip(target, tx, updates):
+    updates = target.place(updates)
+    state = target.place(jax.eval_shape(tx.init, updates))
+    return target.compile(tx.update, updates, state, donate=(0,))
+
+
+@functools.cache
+def sharded_clip(target_name, clip, mode, layout, dtype="float32"):
+    """The clip for eight devices."""
+    tx, specs = CLIPS[clip](), SHARDED[layout]
+    kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    mesh = targets.TARGETS[target_name].mesh((4, 2), ("x", "y"), (kind,) * 2)
+    shapes = {"up": (512, 1024), "down": (1024, 512), "scale": (512,)}
+    updates = {
+        name: leaf(*shapes[name], dtype=dtype, sharding=NamedSharding(mesh, spec))
+        for name, spec in specs.items()
+    }
+    state = jax.tree.map(
+        lambda x: leaf(*x.shape, dtype=x.dtype, sharding=NamedSharding(mesh, P())),
+        jax.eval_shape(tx.init, updates),
+    )
+    update = lambda updates, state: tx.update(updates, state)  # noqa: E731
+    if mode == "shard_map":
+        update = jax.shard_map(
+            update, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P())
+        )
+    with jax.set_mesh(mesh):
+        return targets.TARGETS[target_name].compile(update, updates, state, donate=(0,))
+
+
+def assert_straight(compiled):
+    """No branch to wait for, and no loop: both cost traffic even if not taken."""
+    assert compiled.program.conditionals == 0
+    assert compiled.program.whiles == 0
+
+
+# --- No control flow.
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+def test_clip_alone_has_no_control_flow(target, dtype):
+    updates = [leaf(1024, 512 + i, dtype=dtype) for i in range(3)]
+    assert_straight(compile_clip(target, CLIPS["ours"](), updates))
+
+
+@pytest.mark.parametrize("clip", ["ours", "z-score", "quantile", "zeros"])
+def test_clip_of_several_dtypes_has_no_control_flow(target, clip):
+    updates = [leaf(1024, 512, dtype=dtype) for dtype in (*DTYPES, "float16")]
+    assert_straight(compile_clip(target, CLIPS[clip](), updates))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_has_no_control_flow(target, dtype):
+    assert_straight(adamw_after(target.name, "ours", dtype))
+
+
+@pytest.mark.parametrize("max_norm", [1.0, zscore_threshold()], ids=["1", "z-score"])
+def test_skipped_step_has_no_control_flow(target, max_norm):
+    tx = skip_by_global_norm(optax.adamw(1e-3), max_norm)
+    params = [leaf(1024, 512), leaf(512)]
+    assert_straight(compile_step(target, tx, params))
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
+@pytest.mark.parametrize("layout", SHARDED)
+def test_sharded_clip_has_no_control_flow(target, mode, layout):
+    assert_straight(sharded_clip(target.name, "ours", mode, layout))
+
+
+# --- What a step costs.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_costs_one_read_of_the_gradients(target, dtype):
+    none = adamw_after(target.name, "none", dtype).program.hbm_bytes
+    ours = adamw_after(target.name, "ours", dtype).program.hbm_bytes
+    assert ours - none <= 1.05 * size_of(two_blocks(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("peer", ["optax", "by hand"])
+def test_step_has_no_more_kernels_and_cycles(target, peer, dtype):
+    theirs = adamw_after(target.name, peer, dtype).program
+    ours = adamw_after(target.name, "ours", dtype).program
+    assert ours.kernels <= theirs.kernels
+    if theirs.cycles is not None:
+        assert ours.cycles <= theirs.cycles
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("peer", ["optax", "by hand"])
+def test_step_holds_no_more_temporaries(target, peer, dtype):
+    theirs = adamw_after(target.name, peer, dtype)
+    ours = adamw_after(target.name, "ours", dtype)
+    assert ours.temporary_bytes <= 1.1 * theirs.temporary_bytes + 2**20
+
+
+# --- What devices exchange.
+
+
+@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
+@pytest.mark.parametrize("layout", SHARDED)
+def test_one_all_reduce_of_three_numbers_for_each_set_of_axes(target, mode, layout):
+    compiled = sharded_clip(target.name, "ours", mode, layout)
+    expected = (Collective("all-reduce", 3),) * DISTINCT_SETS[layout]
+    assert compiled.program.collectives == expected
+
+
+@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
+def test_float16_needs_no_more_numbers(target, mode):
+    compiled = sharded_clip(target.name, "ours", mode, "both axes", "float16")
+    (collective,) = compiled.program.collectives
+    assert collective.kind == "all-reduce"
+    assert collective.numbers <= 3
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+def test_auto_axes_need_nothing_but_all_reduces(target, layout):
+    theirs = sharded_clip(target.name, "by hand", "auto", layout).program
+    ours = sharded_clip(target.name, "ours", "auto", layout).program
+    assert {each.kind for each in ours.collectives} == {"all-reduce"}
+    numbers = sum(each.numbers for each in ours.collectives)
+    assert numbers <= 3 * sum(each.numbers for each in theirs.collectives)
