@@ -29,6 +29,10 @@ def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
         _check_array(name, value)
     if isinstance(value, jax.Array):
         return value
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}. Pass a real number."
+        )
     number = _as_float(name, value)
     if number < 0 or (math.isnan(number) and not nan_allowed):
         raise ValueError(
@@ -130,8 +134,13 @@ def _as_float(name: str, value: Any) -> float:
             "scalar array."
         )
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         raise ValueError(
             f"{name} is too large for a float. Pass math.inf never to clip."
         ) from None
+    # More than float32 holds is inf there; NumPy would warn of it.
+    too_large = (
+        number > float(np.finfo(np.float32).max) and not jax.config.jax_enable_x64
+    )
+    return math.inf if too_large else number

@@ -39,6 +39,10 @@ from ._tree import (
 # How many arrays of one type are added entry by entry before they are summed: those of
 # at most so many entries, and others. Each sum is a kernel; each addend, an operand.
 _SMALL, _MANY, _FEW = 4096, 64, 16
+# How many columns a TPU keeps side by side. Shorter rows are not summed one by one.
+_LANES = 128
+# From how many entries on an array is split: those that VMEM may hold are not read.
+_LARGE = 2**22
 
 
 def global_norm(
@@ -305,51 +309,100 @@ def _sums_on_device(
 
 
 def _three_sums_of_groups(groups, *, dtype):
-    def three_sums(group):
-        each = [_three_sums(alike, dtype) for alike in _alike(group)]
-        # Stacked last: XLA adds scalars before it reduces them over devices.
-        return jnp.stack([add(sums) for sums in zip(*each, strict=True)])
-
-    return list(map(three_sums, groups))
+    return [_three_sums(group, dtype) for group in groups]
 
 
-def _three_sums(arrays: list[jax.Array], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """The three sums of arrays of one type: entries shrunk, as they are, and grown."""
-    plain = _sum_of_squares(arrays, dtype, None)
-    if fits(arrays[0].dtype, dtype):
+def _three_sums(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """The sums of squares of entries shrunk, as they are, and grown; shape [3]."""
+    limits, sums = Range.of(dtype), []
+    fitting, others = [], []
+    for alike in _alike(arrays):
+        (fitting if fits(alike[0].dtype, dtype) else others).append(alike)
+    if fitting:
+        (plain,) = _sums_of_squares(fitting, dtype, (None,))
         # If this sum is not the whole norm, it is nothing beside the others.
-        return _nonfinite(plain), plain, _nonfinite(plain)
-    limits = Range.of(dtype)
-    shrink, grow = _hidden((limits.shrink, limits.grow), arrays[0], dtype)
-    shrunk = _sum_of_squares(arrays, dtype, shrink)
-    return shrunk, plain, _sum_of_squares(arrays, dtype, grow)
+        sums.append(jnp.stack([_nonfinite(plain), plain, _nonfinite(plain)]))
+    if others:
+        factors = limits.shrink, None, limits.grow
+        sums.append(_sums_of_squares(others, dtype, factors))
+    return add(sums)
 
 
-def _sum_of_squares(
-    arrays: list[jax.Array], dtype: jnp.dtype, factor: Any
+def _sums_of_squares(
+    groups: list[list[jax.Array]], dtype: jnp.dtype, factors: Sequence[float | None]
 ) -> jax.Array:
+    """The sums of squares of all entries times each factor, in one read of them.
+
+    First of rows, then of those together: on a GPU one kernel for each group, and a few
+    for all, where each sum by itself would be two kernels.
+    """
+    local = [group for group in groups if is_local(group[0])]
+    sums = []
+    if local:
+        rows = [
+            jnp.concatenate([_sums_of_rows(group, dtype, factor) for group in local])
+            for factor in factors
+        ]
+        sums.append(jnp.sum(jnp.stack(rows), axis=1))
+    if len(local) < len(groups):
+        each = [
+            add([jnp.sum(_squares(g, dtype, f)) for g in groups if not is_local(g[0])])
+            for f in factors
+        ]
+        # Stacked last: XLA adds scalars before it reduces them over devices.
+        sums.append(jnp.stack(each))
+    return add(sums)
+
+
+def _sums_of_rows(
+    arrays: list[jax.Array], dtype: jnp.dtype, factor: float | None
+) -> jax.Array:
+    """The sums of squares of the rows of arrays of one type; rank 1."""
+    squares = _squares(_split(arrays), dtype, factor)
+    if not _is_static(squares) or squares.size > _SMALL:
+        by_rows = squares.ndim > 1 and squares.shape[-1] >= _LANES
+        return jnp.ravel(jnp.sum(squares, axis=-1 if by_rows else None))
+    return jnp.ravel(squares)
+
+
+def _split(arrays: list[jax.Array]) -> list[jax.Array]:
+    """A few large arrays as more blocks of columns, which a TPU reads side by side."""
+    first = arrays[0]
+    if not _is_static(first) or first.ndim < 2 or first.size < _LARGE:
+        return arrays
+    blocks, rest = divmod(first.shape[-1], _LANES)
+    if rest or not blocks:
+        return arrays
+    most = _FEW // len(arrays)
+    count = max((n for n in range(1, most + 1) if blocks % n == 0), default=1)
+    return [part for array in arrays for part in jnp.split(array, count, -1)]
+
+
+def _squares(
+    arrays: list[jax.Array], dtype: jnp.dtype, factor: float | None
+) -> jax.Array:
+    """The squares of the entries of arrays of one type, added up entry by entry."""
     parts = [part for array in arrays for part in real_parts(array, dtype)]
     if factor is not None:
-        parts = [part * factor for part in parts]
-    return jnp.sum(add(list(map(jnp.square, parts))))
+        hidden = _hidden(factor, arrays[0], dtype)
+        parts = [part * hidden for part in parts]
+    return add(list(map(jnp.square, parts)))
 
 
 def _nonfinite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), 0, x)
 
 
-def _hidden(
-    factors: tuple[float, ...], array: jax.Array, dtype: jnp.dtype
-) -> Sequence[Any]:
-    """The factors, hidden from XLA if an array may have one entry on a device.
+def _hidden(factor: float, array: jax.Array, dtype: jnp.dtype) -> Any:
+    """The factor, hidden from XLA if an array may have one entry on a device.
 
     XLA takes ``(x * c) * (x * c)`` of scalars for ``(x * x) * (c * c)``, whatever
     overflows: https://github.com/openxla/xla, AlgebraicSimplifier.
     """
-    constants = [dtype.type(factor) for factor in factors]
+    constant = dtype.type(factor)
     if is_local(array) and not (_is_static(array) and array.size == 1):
-        return constants
-    return jax.lax.optimization_barrier(list(map(jnp.asarray, constants)))
+        return constant
+    return jax.lax.optimization_barrier(jnp.asarray(constant))
 
 
 def _alike(arrays: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
@@ -377,7 +430,8 @@ def _trusted_root(three_sums: jax.Array, limits: Range) -> GlobalNorm:
     shrunk, plain, grown = three_sums
     small, large = plain < limits.floor, ~(plain < math.inf)
     total = jnp.where(small, grown, jnp.where(large, shrunk, plain))
-    unit = jnp.where(small, 1 / limits.grow, jnp.where(large, 1 / limits.shrink, 1))
+    # As a product: JAX 0.10 cannot vmap a selection of constants over a shard_map.
+    unit = jnp.where(small, 1 / limits.grow, 1) * jnp.where(large, 1 / limits.shrink, 1)
     value, unit = jnp.sqrt(total), unit.astype(total.dtype)
     return GlobalNorm(value * unit, value, unit)
 

@@ -76,8 +76,7 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
     if not isinstance(max_norm, Threshold):
         return None
     state = max_norm.init()
-    copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
-    return copies if jax.tree.leaves(state) else None
+    return jax.tree.map(_copy, state) if jax.tree.leaves(state) else None
 
 
 def next_threshold(
@@ -105,6 +104,13 @@ def admitted(
     """The state proposed if the norm is finite, else the state as it was."""
     finite = jnp.isfinite(norm)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+
+
+def _copy(leaf: Any) -> jax.Array:
+    if isinstance(leaf, np.ndarray):
+        # Not computed: ``jax_debug_infs`` objects to an inf that is.
+        return jax.device_put(leaf.copy())
+    return jnp.array(leaf, jnp.result_type(leaf), copy=True)
 
 
 def _returned(who: str, threshold: Any) -> Scalar:
@@ -364,7 +370,9 @@ def quantile_threshold(
     below, share = np.divmod(positions, 1)
 
     def init() -> QuantileState:
-        return QuantileState(jnp.full(window, jnp.inf, jnp.float32), jnp.int32(0))
+        return QuantileState(
+            np.full(window, np.inf, np.float32), np.zeros((), np.int32)
+        )
 
     def update(
         norm: jax.Array, state: QuantileState, count: jax.Array

@@ -316,10 +316,10 @@ def test_the_table_has_every_factory_of_optax():
 
 
 # These compile for 5 to 20 s, and others that run stand for them: backtracking for the
-# line searches, MultiSteps for its own transformation.
+# line searches, dpsgd for its first half, scale_by_muon for muon.
 COMPILE_LONG = """
     lbfgs scale_by_lbfgs scale_by_zoom_linesearch contrib.muon contrib.prodigy
-    MultiSteps.gradient_transformation
+    MultiSteps.gradient_transformation contrib.differentially_private_aggregate
     """.split()
 # In bfloat16 more states change their dtype: float32 shows less.
 MEMBERS = [
@@ -473,9 +473,10 @@ def test_dtypes_and_shapes_of_the_inner_state_never_change(name, dtypes):
 @each_dtypes
 @pytest.mark.parametrize(
     "name",
-    """
-    contrib.prodigy contrib.dadapt_adamw adan scale_by_adam chain snapshot
-    """.split(),
+    [
+        pytest.param("contrib.prodigy", marks=pytest.mark.slow),
+        *"contrib.dadapt_adamw adan scale_by_adam chain snapshot".split(),
+    ],
 )
 def test_state_keeps_its_dtype_where_the_inner_changes_it(name, dtypes):
     check_steps(CASES[name], *drawn(CASES[name], *dtypes))
@@ -625,7 +626,9 @@ def errors_of(tx, grads, state, jitted):
 
 
 @pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize(
+    "bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow), 1e30]
+)
 @pytest.mark.parametrize("make", CHECKED.values(), ids=CHECKED)
 def test_inner_check_does_not_fire_on_a_skipped_step(make, bad, jitted):
     tx = skip_by_global_norm(make(), 100.0)

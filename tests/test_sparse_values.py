@@ -345,7 +345,7 @@ def check(matrix):
     rounding = 1e-6 * float(np.abs(_wide(matrix.data)).sum())
     np.testing.assert_allclose(norm, expected, 2e-6, rounding)
     np.testing.assert_allclose(each, expected, 2e-6, rounding)
-    scale = min(1.0, float(max_norm) / (expected or 1.0))
+    scale = 1.0 if expected <= max_norm else float(max_norm) / expected
     tolerance = oracle.eps(matrix.data) + 1e-4
     np.testing.assert_allclose(
         _wide(clipped.data), _wide(matrix.data) * scale, tolerance, 1e-7
