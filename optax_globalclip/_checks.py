@@ -139,8 +139,6 @@ def _as_float(name: str, value: Any) -> float:
         raise ValueError(
             f"{name} is too large for a float. Pass math.inf never to clip."
         ) from None
-    # More than float32 holds is inf there; NumPy would warn of it.
-    too_large = (
-        number > float(np.finfo(np.float32).max) and not jax.config.jax_enable_x64
-    )
-    return math.inf if too_large else number
+    # Without x64 it becomes float32, and NumPy would warn of what is inf there.
+    largest = float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).max)
+    return math.inf if number > largest else number

@@ -294,7 +294,7 @@ def _l2_norms_jvp(primals, tangents):
     def direction(array: jax.Array, norm: GlobalNorm) -> list[jax.Array]:
         return [divide(part, norm) for part in real_parts(array, norm.value.dtype)]
 
-    return norms, _tangents(groups, *tangents, norms, [direction] * len(groups))
+    return norms, _tangents(groups, tangents[0], norms, [direction] * len(groups))
 
 
 def _sums_on_device(
@@ -359,7 +359,9 @@ def _sums_of_rows(
 ) -> jax.Array:
     """The sums of squares of the rows of arrays of one type; rank 1."""
     squares = _squares(_split(arrays), dtype, factor)
-    if not _is_static(squares) or squares.size > _SMALL:
+    if not _is_static(squares):
+        return jnp.ravel(jnp.sum(squares))
+    if squares.size > _SMALL:
         by_rows = squares.ndim > 1 and squares.shape[-1] >= _LANES
         return jnp.ravel(jnp.sum(squares, axis=-1 if by_rows else None))
     return jnp.ravel(squares)
@@ -609,7 +611,7 @@ def _max_norms_jvp(primals, tangents):
         return [weight * sign for sign in _Polar.over_norm(array, norm).signs]
 
     directions = [functools.partial(direction, count=count) for count in counts]
-    return norms, _tangents(groups, *tangents, norms, directions)
+    return norms, _tangents(groups, tangents[0], norms, directions)
 
 
 def _power(x: jax.Array, exponent: jax.Array) -> jax.Array:

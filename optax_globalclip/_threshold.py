@@ -95,7 +95,7 @@ def next_threshold(
         return norm, _returned("Threshold.update", threshold), kept
     if callable(max_norm):
         return norm, _returned("The schedule max_norm", max_norm(count)), None
-    return norm, max_norm, None
+    return norm, None if max_norm is None else as_scalar("max_norm", max_norm), None
 
 
 def admitted(
@@ -107,10 +107,10 @@ def admitted(
 
 
 def _copy(leaf: Any) -> jax.Array:
-    if isinstance(leaf, np.ndarray):
-        # Not computed: ``jax_debug_infs`` objects to an inf that is.
-        return jax.device_put(leaf.copy())
-    return jnp.array(leaf, jnp.result_type(leaf), copy=True)
+    # Not computed: ``jax_debug_infs`` objects to an inf that is.
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    dtype = jnp.result_type(leaf)
+    return jax.device_put(array.astype(dtype), may_alias=False)
 
 
 def _returned(who: str, threshold: Any) -> Scalar:
@@ -370,9 +370,9 @@ def quantile_threshold(
     below, share = np.divmod(positions, 1)
 
     def init() -> QuantileState:
-        return QuantileState(
-            np.full(window, np.inf, np.float32), np.zeros((), np.int32)
-        )
+        # From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
+        none = jax.device_put(np.full(window, np.inf, np.float32))
+        return QuantileState(none, jnp.int32(0))
 
     def update(
         norm: jax.Array, state: QuantileState, count: jax.Array

@@ -402,12 +402,12 @@ def _if_taken(
     taken: jax.Array, leaves: list[Leaf], norm: GlobalNorm
 ) -> tuple[list[Leaf], GlobalNorm]:
     """The leaves and their norm; zeros if the step is skipped."""
-    zeros = jax.tree.map(lambda x: jnp.where(taken, x, 0), (norm.norm, norm.value))
+    measured, value = (jnp.where(taken, x, 0) for x in (norm.norm, norm.value))
     values = [kept_or_zero(values_of(leaf.array), taken) for leaf in leaves]
     return [
         Leaf(with_values(leaf.array, value), leaf.axes)
         for leaf, value in zip(leaves, values, strict=True)
-    ], GlobalNorm(*zeros, norm.unit)
+    ], GlobalNorm(measured, value, norm.unit)
 
 
 @jax.jit

@@ -68,7 +68,7 @@ def exact_norm(tree, ord: float = 2) -> np.longdouble:
     if largest == 0 or not np.isfinite(largest) or ord == math.inf:
         return largest
     powers = (values / largest) ** np.longdouble(ord)
-    return largest * np.sum(powers) ** (1 / np.longdouble(ord))
+    return np.longdouble(largest * np.sum(powers) ** (1 / np.longdouble(ord)))
 
 
 def exact_clipped(tree, max_norm, ord: float = 2):

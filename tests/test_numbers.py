@@ -800,7 +800,7 @@ def test_injected_z_of_a_factory():
     def make(z, decay):
         return clip_by_global_norm(zscore_threshold(z, decay=decay, warmup_steps=2))
 
-    scales = (1, 1.5, 10)
+    scales, expected = (1, 1.5, 10), None
     for z in (0.5, 3.0):
         tx = optax.inject_hyperparams(make)(z=1.0, decay=0.9)
         plain, state = make(z, 0.9), None
