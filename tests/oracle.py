@@ -64,7 +64,7 @@ def exact_norm(tree, ord: float = 2) -> np.longdouble:
     """The norm in long doubles, for trees whose norm may leave float64's range."""
     moduli = [np.abs(_long(leaf)).ravel() for leaf in jax.tree.leaves(tree)]
     values = np.concatenate(moduli or [np.zeros(0, np.longdouble)])
-    largest = values.max(initial=np.longdouble(0))
+    largest = np.longdouble(values.max(initial=np.longdouble(0)))
     if largest == 0 or not np.isfinite(largest) or ord == math.inf:
         return largest
     powers = (values / largest) ** np.longdouble(ord)

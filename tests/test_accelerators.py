@@ -171,11 +171,13 @@ def test_norm_costs_one_read_of_the_gradients(target, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("peer", ["optax", "by hand"])
-def test_step_has_no_more_kernels_and_cycles(target, peer, dtype):
+def test_step_has_no_more_kernels_or_cycles(target, peer, dtype):
     theirs = adamw_after(target.name, peer, dtype).program
     ours = adamw_after(target.name, "ours", dtype).program
-    assert ours.kernels <= theirs.kernels
-    if theirs.cycles is not None:
+    if theirs.cycles is None:
+        assert ours.kernels <= theirs.kernels
+    else:
+        # A TPU's cycles hold what its kernels cost. A GPU's compiler estimates none.
         assert ours.cycles is not None
         assert ours.cycles <= theirs.cycles
 
