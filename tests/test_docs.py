@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import optax_globalclip
-from benchmarks import report, spikes, temporal_order
+from benchmarks import locks, report, spikes, temporal_order
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,6 +70,15 @@ def test_study_of_spikes_is_the_one_that_was_written():
     assert [row["method"] for row in rows] == list(spikes.METHODS)
     for row in rows:
         assert f"| {' | '.join(spikes.cells(row))} |" in README
+
+
+def test_histories_that_lock_zclip_are_those_that_were_written(tmp_path):
+    locks.main(["--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "locks.json").read_text())["rows"]
+    assert rows == json.loads((RESULTS / "locks.json").read_text())["rows"]
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    for row in rows:
+        assert f"| {row['history']} | {row['zclip']} | {row['ours']} |" in page
 
 
 def test_study_of_the_paper_is_the_one_that_was_written():
