@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row(name, norms) for name, norms in histories().items()]
     table = rich.table.Table(f"of {STEPS} steps after it, clipped", "ZClip", "ours")
     for each in rows:
-        table.add_row(each["history"], str(each["zclip"]), str(each["ours"]))
+        table.add_row(*map(str, each.values()))
     rich.console.Console().print(table)
     command.write({"versions": versions(), "rows": rows}, args.out / "locks.json")
 

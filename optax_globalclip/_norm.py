@@ -172,6 +172,11 @@ class GlobalNorm(NamedTuple):
         norm = jnp.asarray(norm, dtype)
         return cls(norm, norm, jnp.ones_like(norm))
 
+    @classmethod
+    def scaled(cls, value: jax.Array, unit: jax.Array) -> "GlobalNorm":
+        """The norm ``value * unit``."""
+        return cls(value * unit, value, unit)
+
 
 @jax.custom_jvp
 def divide(array: jax.Array, norm: GlobalNorm) -> jax.Array:
@@ -280,7 +285,7 @@ def _l2_norms(groups: list[list[Leaf]]) -> list[GlobalNorm]:
     """The 2-norm of each group, and its derivative Σ xᵢ/‖x‖ · ẋᵢ; 0 at 0."""
     dtype = _dtype(groups)
     sums = _over_devices(
-        [[(leaf.axes, leaf.array) for leaf in group] for group in groups],
+        _each(groups, lambda array: array),
         functools.partial(_sums_on_device, dtype=dtype),
     )
     return [_trusted_root(three, Range.of(dtype)) for three in sums]
@@ -434,8 +439,7 @@ def _trusted_root(three_sums: jax.Array, limits: Range) -> GlobalNorm:
     total = jnp.where(small, grown, jnp.where(large, shrunk, plain))
     # As a product: JAX 0.10 cannot vmap a selection of constants over a shard_map.
     unit = jnp.where(small, 1 / limits.grow, 1) * jnp.where(large, 1 / limits.shrink, 1)
-    value, unit = jnp.sqrt(total), unit.astype(total.dtype)
-    return GlobalNorm(value * unit, value, unit)
+    return GlobalNorm.scaled(jnp.sqrt(total), unit.astype(total.dtype))
 
 
 # --- Norms of other orders.
@@ -475,10 +479,7 @@ def _largest_parts(groups: list[list[Leaf]]) -> list[jax.Array]:
 
     dtype = _dtype(groups)
     return _over_devices(
-        [
-            [(leaf.axes, jax.lax.stop_gradient(leaf.array)) for leaf in group]
-            for group in groups
-        ],
+        _each(groups, jax.lax.stop_gradient),
         lambda groups: list(map(largest, groups)),
         jax.lax.pmax,
         _largest,
@@ -519,23 +520,14 @@ def _lp(ord: jax.Array, groups: list[list[Leaf]]) -> list[GlobalNorm]:
 
     Σ qᵢᵖ⁻¹ sign(xᵢ) ẋᵢ + ‖x‖/p · Σ qᵢᵖ log(qᵢ) ṗ; 0 at 0.
     """
-    units = _units(groups)
-    powers = [
-        [
-            (leaf.axes, _power(_modulus(leaf.array, unit) / largest, ord))
-            for leaf in group
-        ]
-        for group, (unit, largest) in zip(groups, units, strict=True)
-    ]
-    totals = _over_devices(powers, _sums)
-    values = [
-        _power(total, 1 / ord) * largest
-        for total, (_, largest) in zip(totals, units, strict=True)
-    ]
-    return [
-        GlobalNorm(value * unit, value, unit)
-        for value, (unit, _) in zip(values, units, strict=True)
-    ]
+    units, largest = zip(*_units(groups), strict=True)
+
+    def powers(array: jax.Array, unit: jax.Array, largest: jax.Array) -> jax.Array:
+        return _power(_modulus(array, unit) / largest, ord)
+
+    totals = _over_devices(_each(groups, powers, units, largest), _sums)
+    values = (_power(total, 1 / ord) for total in totals)
+    return list(map(GlobalNorm.scaled, map(operator.mul, values, largest), units))
 
 
 @_lp.defjvp
@@ -554,13 +546,7 @@ def _lp_jvp(primals, tangents):
         logarithm = jnp.log(jnp.where(share > 0, share, 1))
         return jnp.sum(_power(share, ord) * logarithm)
 
-    entropies = _over_devices(
-        [
-            [(leaf.axes, entropy(leaf.array, norm)) for leaf in group]
-            for group, norm in zip(groups, norms, strict=True)
-        ],
-        _sums,
-    )
+    entropies = _over_devices(_each(groups, entropy, norms), _sums)
     by_ord = [
         norm.norm / ord * total * ord_tangent
         for norm, total in zip(norms, entropies, strict=True)
@@ -576,17 +562,13 @@ def _max_norms(groups: list[list[Leaf]]) -> list[GlobalNorm]:
         largest = _largest_parts(groups)
         return [GlobalNorm.given(norm, _dtype(groups)) for norm in largest]
     units = [unit for unit, _ in _units(groups)]
-    moduli = [
-        [(leaf.axes, _modulus(leaf.array, unit)) for leaf in group]
-        for group, unit in zip(groups, units, strict=True)
-    ]
     values = _over_devices(
-        moduli, lambda groups: list(map(_largest, groups)), jax.lax.pmax, _largest
+        _each(groups, _modulus, units),
+        lambda groups: list(map(_largest, groups)),
+        jax.lax.pmax,
+        _largest,
     )
-    return [
-        GlobalNorm(value * unit, value, unit)
-        for value, unit in zip(values, units, strict=True)
-    ]
+    return list(map(GlobalNorm.scaled, values, units))
 
 
 @_max_norms.defjvp
@@ -598,13 +580,7 @@ def _max_norms_jvp(primals, tangents):
         modulus = _modulus(array, norm.unit)
         return ((modulus == norm.value) & (norm.value > 0)).astype(norm.value.dtype)
 
-    counts = _over_devices(
-        [
-            [(leaf.axes, ties(leaf.array, norm)) for leaf in group]
-            for group, norm in zip(groups, norms, strict=True)
-        ],
-        _sums,
-    )
+    counts = _over_devices(_each(groups, ties, norms), _sums)
 
     def direction(array: jax.Array, norm: GlobalNorm, count: jax.Array):
         weight = ties(array, norm) / jnp.maximum(count, 1)
@@ -630,6 +606,16 @@ def _dtype(groups: list[list[Leaf]]) -> jnp.dtype:
 
 def _sums(groups: list[list[jax.Array]]) -> list[jax.Array]:
     return [add(list(map(jnp.sum, group))) for group in groups]
+
+
+def _each(
+    groups: list[list[Leaf]], function: Callable, *values: Sequence[Any]
+) -> list[list[tuple[Axes, Any]]]:
+    """The function of each array and of its group's values, beside the array's axes."""
+    return [
+        [(leaf.axes, function(leaf.array, *of_group)) for leaf in group]
+        for group, *of_group in zip(groups, *values, strict=True)
+    ]
 
 
 def _over_devices(
