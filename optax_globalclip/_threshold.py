@@ -88,7 +88,7 @@ def next_threshold(
     """
     if isinstance(max_norm, Threshold):
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
-        own = max_norm.init() if state is None else state
+        own = state if jax.tree.leaves(state) else max_norm.init()
         threshold, proposed = max_norm.update(norm.norm, own, count)
         new_state = admitted(norm.norm, _like(proposed, own), own)
         kept = new_state if jax.tree.leaves(own) else None

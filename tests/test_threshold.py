@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_globalclip import Threshold, clip_by_global_norm
+from optax_globalclip import Threshold, clip_by_global_norm, zscore_threshold
 
 GRADS = {"w": jnp.array([3.0, 4.0])}
 
@@ -80,3 +80,14 @@ def test_max_norm_of_the_wrong_type(bad):
 def test_max_norm_out_of_range(bad):
     with pytest.raises(ValueError, match="max_norm=.*at least 0"):
         clip_by_global_norm(bad)
+
+
+@pytest.mark.parametrize("nothing", [None, (), [], {}], ids=repr)
+def test_threshold_state_without_leaves_is_that_before_the_first_update(nothing):
+    """As a clip by a number keeps it, now (None) or in an older checkpoint."""
+    tx = clip_by_global_norm(zscore_threshold())
+    fresh = tx.init(None)
+    updates = [jnp.array([3.0, 4.0])]
+    _, expected = tx.update(updates, fresh)
+    _, found = tx.update(updates, fresh._replace(threshold_state=nothing))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
