@@ -39,8 +39,9 @@ from ._tree import (
 # How many arrays of one type are added entry by entry before they are summed: those of
 # at most so many entries, and others. Each sum is a kernel; each addend, an operand.
 _SMALL, _MANY, _FEW = 4096, 64, 16
-# How many columns a TPU keeps side by side. Shorter rows are not summed one by one.
-_LANES = 128
+# How many columns a TPU keeps side by side. Shorter rows are not summed one by one, nor
+# are more of them than so many.
+_LANES, _ROWS = 128, 8192
 # From how many entries on an array is split: those that VMEM may hold are not read.
 _LARGE = 2**22
 
@@ -338,14 +339,14 @@ def _sums_of_squares(
 ) -> jax.Array:
     """The sums of squares of all entries times each factor, in one read of them.
 
-    First of rows, then of those together: on a GPU one kernel for each group, and a few
-    for all, where each sum by itself would be two kernels.
+    First of the rows of each group, then of those together, padded to one length: one
+    kernel for each group, and a few for all, where each sum by itself would be two.
     """
     local = [group for group in groups if is_local(group[0])]
     sums = []
     if local:
         rows = [
-            jnp.concatenate([_sums_of_rows(group, dtype, factor) for group in local])
+            _added([_sums_of_rows(group, dtype, factor) for group in local])
             for factor in factors
         ]
         sums.append(jnp.sum(jnp.stack(rows), axis=1))
@@ -359,17 +360,25 @@ def _sums_of_squares(
     return add(sums)
 
 
+def _added(vectors: list[jax.Array]) -> jax.Array:
+    """Vectors added entry by entry; shorter ones count as if zeros followed."""
+    length = max(vector.size for vector in vectors)
+    return add([jnp.pad(vector, (0, length - vector.size)) for vector in vectors])
+
+
 def _sums_of_rows(
     arrays: list[jax.Array], dtype: jnp.dtype, factor: float | None
 ) -> jax.Array:
-    """The sums of squares of the rows of arrays of one type; rank 1."""
+    """The sums of squares of the rows of arrays of one type; a vector."""
     squares = _squares(_split(arrays), dtype, factor)
-    if not _is_static(squares):
-        return jnp.ravel(jnp.sum(squares))
-    if squares.size > _SMALL:
-        by_rows = squares.ndim > 1 and squares.shape[-1] >= _LANES
-        return jnp.ravel(jnp.sum(squares, axis=-1 if by_rows else None))
-    return jnp.ravel(squares)
+    axis = None
+    if _is_static(squares):
+        if squares.size <= _SMALL:
+            return jnp.ravel(squares)
+        *rows, columns = squares.shape
+        if columns >= _LANES and math.prod(rows) <= _ROWS:
+            axis = -1
+    return jnp.ravel(jnp.sum(squares, axis))
 
 
 def _split(arrays: list[jax.Array]) -> list[jax.Array]:
