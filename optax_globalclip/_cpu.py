@@ -10,7 +10,6 @@ count as zero on CPU. ``benchmarks/README.md`` has the figures.
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,37 +41,28 @@ def can_sum(array: jax.Array) -> bool:
     return not has_mesh(array) and all(isinstance(size, int) for size in array.shape)
 
 
-def three_sums(groups: list[list[jax.Array]], *, dtype: jnp.dtype) -> list[jax.Array]:
-    """The sums of squares of each group, with entries shrunk, as they are, and grown.
+def three_sums(arrays: list[jax.Array], *, dtype: jnp.dtype) -> jax.Array:
+    """The sums of squares of entries shrunk, as they are, and grown; shape [3].
 
-    The second is computed. If some group needs one of the others, those are computed
-    too, in a branch: XLA on CPU would read the entries once for each.
+    The second is computed. If it cannot be trusted, one of the others is computed too,
+    in a branch: XLA on CPU would read the entries once for each.
     """
-    limits = Range.of(dtype)
-    packed = list(map(_Packed.of, groups))
-    totals = [_sum_of_squares(each, dtype) for each in packed]
-    plain = jnp.stack(totals)
+    limits, packed = Range.of(dtype), _Packed.of(arrays)
+    plain = _sum_of_squares(packed, dtype)
     small, large = plain < limits.floor, ~(plain < math.inf)
-    trusted = [(total >= limits.floor) & (total < math.inf) for total in totals]
+    scale = jnp.where(small, limits.grow, limits.shrink).astype(dtype)
 
     def rescue() -> jax.Array:
-        scales = jnp.where(small, limits.grow, limits.shrink).astype(dtype)
-        sums = [
-            _sum_of_squares(each, dtype, functools.partial(_scaled_modulus, scale=s))
-            for each, s in zip(packed, scales, strict=True)
-        ]
-        return jnp.stack(sums)
+        scaled = functools.partial(_scaled_modulus, scale=scale)
+        return _sum_of_squares(packed, dtype, scaled)
 
-    if all(fits(array.dtype, dtype) for group in groups for array in group):
+    if all(fits(array.dtype, dtype) for array in arrays):
         rescued = jnp.where(jnp.isfinite(plain), 0, plain)
     else:
-        rescued = lax.cond(
-            functools.reduce(operator.and_, trusted),
-            functools.partial(jnp.zeros_like, plain),
-            rescue,
-        )
-    shrunk, grown = jnp.where(large, rescued, 0), jnp.where(small, rescued, 0)
-    return list(jnp.stack([shrunk, plain, grown], 1))
+        rescued = lax.cond(small | large, rescue, lambda: jnp.zeros_like(plain))
+    return jnp.stack(
+        [jnp.where(large, rescued, 0), plain, jnp.where(small, rescued, 0)]
+    )
 
 
 def can_multiply(array: jax.Array, factor: jax.Array) -> bool:

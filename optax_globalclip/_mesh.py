@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.core import Tracer
@@ -82,27 +81,6 @@ def on_shards(
         in_specs=(specs, *[PartitionSpec()] * len(args)),
         out_specs=PartitionSpec(),
     )(arrays, *args)
-
-
-def all_reduce(
-    values: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    collective: Callable[[jax.Array, Axes], jax.Array],
-) -> list[jax.Array]:
-    """Reduces each value over its own axes, with one collective for each set of axes.
-
-    Args:
-      values: arrays of one shape and dtype.
-      axes: the manual mesh axes of each value; ``()`` if there are none.
-      collective: ``jax.lax.psum`` or ``jax.lax.pmax``.
-    """
-    reduced = list(values)
-    for names in dict.fromkeys(filter(None, axes)):
-        members = [i for i, own in enumerate(axes) if own == names]
-        together = collective(jnp.stack([values[i] for i in members]), names)
-        for i, value in zip(members, together, strict=True):
-            reduced[i] = value
-    return reduced
 
 
 def is_unreduced(array: jax.Array) -> bool:

@@ -13,7 +13,6 @@ import contextlib
 import contextvars
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from jax.tree_util import Partial
 
 from . import _cpu
 from ._checks import Scalar, as_ord
-from ._mesh import Axes, all_reduce, factor_of, is_local, on_shards, reduced
+from ._mesh import Axes, factor_of, is_local, on_shards, reduced
 from ._range import Range, add, fits, real_parts
 from ._tree import (
     AxisName,
@@ -144,14 +143,13 @@ def leaf_norms(
       ['b']
     """
     leaves, join = split_updates(updates, axis_name)
-    norms = _norms([[leaf] for leaf in leaves], formula_of(as_ord(ord)))
-    tree = join(
-        [
-            norm.norm.astype(accumulator_dtype([leaf.array]))
-            for norm, leaf in zip(norms, leaves, strict=True)
-        ]
-    )
+    tree = join(_each_norm(leaves, formula_of(as_ord(ord))))
     return jax.tree.map(lambda x: jnp.float32(0) if is_float0(x) else x, tree)
+
+
+@jax.jit
+def _each_norm(leaves: list[Leaf], formula: "Formula") -> list[jax.Array]:
+    return [measure([leaf], formula).norm for leaf in leaves]
 
 
 class GlobalNorm(NamedTuple):
@@ -200,12 +198,34 @@ def _divide_jvp(primals, tangents):
     return quotient, divide(array_dot - quotient * slope, norm)
 
 
-Formula = Callable[..., list[GlobalNorm]]
+Formula = Callable[[list[Leaf]], GlobalNorm]
 
 
-def measure(leaves: Sequence[Leaf], formula: Formula) -> GlobalNorm:
+def formula_of(ord: Scalar) -> Formula:
+    """From leaves to their norm; an order that is not 2 or inf is an operand."""
+    if isinstance(ord, float) and ord == 2:
+        return Partial(_l2_norm)
+    if isinstance(ord, float) and ord == math.inf:
+        return Partial(_max_norm)
+    return Partial(_any_norm, ord)
+
+
+@jax.jit
+def measure(leaves: list[Leaf], formula: Formula) -> GlobalNorm:
     """The global norm of the leaves."""
-    return _norms([list(leaves)], formula)[0]
+    dtype = _dtype(leaves)
+    if not leaves:
+        return GlobalNorm.given(0.0, dtype)
+
+    def on_device(arrays, axes, formula):
+        return formula(list(map(Leaf, map(reduced, arrays), axes)))
+
+    with jax.named_scope("global_norm"):
+        arrays = [matrix_values(leaf.array, dtype) for leaf in leaves]
+        norm = on_shards(on_device, arrays, formula)
+        if norm is None:
+            norm = on_device(arrays, [leaf.axes for leaf in leaves], formula)
+    return norm
 
 
 def found(leaves: Sequence[Leaf], ord: Scalar) -> GlobalNorm | None:
@@ -248,74 +268,34 @@ def known_norm(leaves: Sequence[Leaf], ord: Scalar, norm: GlobalNorm) -> Iterato
         _KNOWN.reset(token)
 
 
-@jax.jit
-def _norms(groups: list[list[Leaf]], formula: Formula) -> list[GlobalNorm]:
-    """The norm of each group of leaves."""
-    leaves = [leaf for group in groups for leaf in group]
-    dtype = accumulator_dtype([leaf.array for leaf in leaves])
-    if not leaves:
-        return [GlobalNorm.given(0.0, dtype) for _ in groups]
-
-    def measure_arrays(arrays, axes, formula):
-        members = iter(map(Leaf, map(reduced, arrays), axes))
-        return formula([[next(members) for _ in group] for group in groups])
-
-    with jax.named_scope("global_norm"):
-        arrays = [matrix_values(leaf.array, dtype) for leaf in leaves]
-        norms = on_shards(measure_arrays, arrays, formula)
-        if norms is None:
-            axes = [leaf.axes for leaf in leaves]
-            norms = measure_arrays(arrays, axes, formula)
-    return norms
-
-
-def formula_of(ord: Scalar) -> Formula:
-    """From groups of leaves to norms; an order that is not 2 or inf is an operand."""
-    if isinstance(ord, float) and ord == 2:
-        return Partial(_l2_norms)
-    if isinstance(ord, float) and ord == math.inf:
-        return Partial(_max_norms)
-    return Partial(_lp_norms, ord)
-
-
 # --- The 2-norm.
 
 
 @jax.custom_jvp
-def _l2_norms(groups: list[list[Leaf]]) -> list[GlobalNorm]:
-    """The 2-norm of each group, and its derivative Σ xᵢ/‖x‖ · ẋᵢ; 0 at 0."""
-    dtype = _dtype(groups)
-    sums = _over_devices(
-        _each(groups, lambda array: array),
-        functools.partial(_sums_on_device, dtype=dtype),
-    )
-    return [_trusted_root(three, Range.of(dtype)) for three in sums]
+def _l2_norm(leaves: list[Leaf]) -> GlobalNorm:
+    """The 2-norm, and its derivative Σ xᵢ/‖x‖ · ẋᵢ; 0 at 0."""
+    dtype = _dtype(leaves)
+    sums = _over_devices(leaves, functools.partial(_sums_on_device, dtype=dtype))
+    return _trusted_root(sums, Range.of(dtype))
 
 
-@_l2_norms.defjvp
-def _l2_norms_jvp(primals, tangents):
-    (groups,) = primals
-    norms = _l2_norms(groups)
+@_l2_norm.defjvp
+def _l2_norm_jvp(primals, tangents):
+    (leaves,) = primals
+    norm = _l2_norm(leaves)
 
-    def direction(array: jax.Array, norm: GlobalNorm) -> list[jax.Array]:
+    def direction(array: jax.Array) -> list[jax.Array]:
         return [divide(part, norm) for part in real_parts(array, norm.value.dtype)]
 
-    return norms, _tangents(groups, tangents[0], norms, [direction] * len(groups))
+    return norm, _tangent(leaves, *tangents, norm, direction)
 
 
-def _sums_on_device(
-    groups: list[list[jax.Array]], dtype: jnp.dtype
-) -> Sequence[jax.Array]:
-    """The three sums of each group of arrays, shape [3]."""
-    plain = functools.partial(_three_sums_of_groups, dtype=dtype)
-    if not all(map(_cpu.can_sum, (array for group in groups for array in group))):
-        return plain(groups)
+def _sums_on_device(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    plain = functools.partial(_three_sums, dtype=dtype)
+    if not all(map(_cpu.can_sum, arrays)):
+        return plain(arrays)
     on_cpu = functools.partial(_cpu.three_sums, dtype=dtype)
-    return jax.lax.platform_dependent(groups, cpu=on_cpu, default=plain)
-
-
-def _three_sums_of_groups(groups, *, dtype):
-    return [_three_sums(group, dtype) for group in groups]
+    return jax.lax.platform_dependent(arrays, cpu=on_cpu, default=plain)
 
 
 def _three_sums(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
@@ -454,53 +434,99 @@ def _trusted_root(three_sums: jax.Array, limits: Range) -> GlobalNorm:
 # --- Norms of other orders.
 
 
-class _Polar(NamedTuple):
-    """An array as moduli and signs: the real parts of ``x / abs(x)``."""
+def _any_norm(ord: Scalar, leaves: list[Leaf]) -> GlobalNorm:
+    return _lp_norm(jnp.asarray(ord, _dtype(leaves)), leaves)
 
-    modulus: jax.Array
-    signs: list[jax.Array]
 
-    @classmethod
-    def of(cls, parts: Sequence[jax.Array]) -> "_Polar":
-        if len(parts) == 1:
-            return cls(jnp.abs(parts[0]), [jnp.sign(parts[0])])
-        modulus = jnp.abs(jax.lax.complex(*parts))
-        signs = [part / jnp.where(modulus == 0, 1, modulus) for part in parts]
-        return cls(modulus, signs)
+@jax.custom_jvp
+def _lp_norm(ord: jax.Array, leaves: list[Leaf]) -> GlobalNorm:
+    """The p-norm, and its derivative; 0 at 0.
 
-    @classmethod
-    def over_norm(cls, array: jax.Array, norm: GlobalNorm) -> "_Polar":
-        parts = real_parts(array, norm.value.dtype)
-        return cls.of([divide(part, norm) for part in parts])
+    With q = abs(x)/‖x‖ that is Σ qᵢᵖ⁻¹ sign(xᵢ) ẋᵢ + ‖x‖/p · Σ qᵢᵖ log(qᵢ) ṗ.
+    """
+    unit, largest = _unit(leaves)
+
+    def powers(array: jax.Array) -> jax.Array:
+        return _power(_modulus(array, unit) / largest, ord)
+
+    root = _power(_total(leaves, powers), 1 / ord)
+    return GlobalNorm.scaled(root * largest, unit)
+
+
+@_lp_norm.defjvp
+def _lp_norm_jvp(primals, tangents):
+    ord, leaves = primals
+    ord_dot, dots = tangents
+    norm = _lp_norm(ord, leaves)
+
+    def direction(array: jax.Array) -> list[jax.Array]:
+        share, signs = _polar_over(array, norm)
+        weight = _power(share, ord - 1)
+        return [weight * sign for sign in signs]
+
+    def entropy(array: jax.Array) -> jax.Array:
+        share, _ = _polar_over(array, norm)
+        return _power(share, ord) * jnp.log(jnp.where(share > 0, share, 1))
+
+    by_ord = norm.norm / ord * _total(leaves, entropy) * ord_dot
+    return norm, _tangent(leaves, dots, norm, direction, by_ord)
+
+
+@jax.custom_jvp
+def _max_norm(leaves: list[Leaf]) -> GlobalNorm:
+    """The largest modulus; its derivative is the mean over all ties."""
+    if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
+        return GlobalNorm.given(_largest_part(leaves), _dtype(leaves))
+    unit, _ = _unit(leaves)
+    return GlobalNorm.scaled(_maximum(leaves, lambda x: [_modulus(x, unit)]), unit)
+
+
+@_max_norm.defjvp
+def _max_norm_jvp(primals, tangents):
+    (leaves,) = primals
+    norm = _max_norm(leaves)
+
+    def ties(array: jax.Array) -> jax.Array:
+        modulus = _modulus(array, norm.unit)
+        return ((modulus == norm.value) & (norm.value > 0)).astype(modulus.dtype)
+
+    count = jnp.maximum(_total(leaves, ties), 1)
+
+    def direction(array: jax.Array) -> list[jax.Array]:
+        return [ties(array) / count * sign for sign in _polar_over(array, norm)[1]]
+
+    return norm, _tangent(leaves, *tangents, norm, direction)
+
+
+def _polar(parts: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """The moduli and the signs, which are the real parts of ``x / abs(x)``."""
+    if len(parts) == 1:
+        return jnp.abs(parts[0]), [jnp.sign(parts[0])]
+    modulus = jnp.abs(jax.lax.complex(*parts))
+    return modulus, [part / jnp.where(modulus == 0, 1, modulus) for part in parts]
+
+
+def _polar_over(array: jax.Array, norm: GlobalNorm):
+    return _polar([divide(x, norm) for x in real_parts(array, norm.value.dtype)])
 
 
 def _modulus(array: jax.Array, unit: jax.Array) -> jax.Array:
     """The moduli of the entries, divided by the unit."""
-    return _Polar.of([part / unit for part in real_parts(array, unit.dtype)]).modulus
+    return _polar([part / unit for part in real_parts(array, unit.dtype)])[0]
 
 
-def _largest_parts(groups: list[list[Leaf]]) -> list[jax.Array]:
-    """The largest real or imaginary part of each group; a constant."""
-
-    def largest(arrays: list[jax.Array]) -> jax.Array:
-        parts = [part for array in arrays for part in real_parts(array, dtype)]
-        return _largest([jnp.abs(part) for part in parts])
-
-    dtype = _dtype(groups)
-    return _over_devices(
-        _each(groups, jax.lax.stop_gradient),
-        lambda groups: list(map(largest, groups)),
-        jax.lax.pmax,
-        _largest,
-    )
+def _unit(leaves: list[Leaf]) -> tuple[jax.Array, jax.Array]:
+    """The largest part of any entry, as a power of two and the rest: 1 to 4."""
+    largest = _largest_part(leaves)
+    largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    unit = _power_of_two(largest)
+    return unit, largest / unit
 
 
-def _units(groups: list[list[Leaf]]) -> list[tuple[jax.Array, jax.Array]]:
-    """The largest part of each group, as a power of two and the rest: 1 to 4."""
-    found = _largest_parts(groups)
-    found = [jnp.where(jnp.isfinite(x) & (x > 0), x, 1) for x in found]
-    units = list(map(_power_of_two, found))
-    return [(unit, x / unit) for x, unit in zip(found, units, strict=True)]
+def _largest_part(leaves: list[Leaf]) -> jax.Array:
+    """The largest real or imaginary part of any entry; a constant."""
+    leaves, dtype = jax.lax.stop_gradient(leaves), _dtype(leaves)
+    return _maximum(leaves, lambda x: list(map(jnp.abs, real_parts(x, dtype))))
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
@@ -513,92 +539,6 @@ def _power_of_two(x: jax.Array) -> jax.Array:
     return jnp.clip(power, float(info.tiny), 1 / float(info.tiny))
 
 
-def _largest(arrays: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.maximum, [jnp.max(x, initial=0) for x in arrays])
-
-
-def _lp_norms(ord: jax.Array, groups: list[list[Leaf]]) -> list[GlobalNorm]:
-    return _lp(jnp.asarray(ord, _dtype(groups)), groups)
-
-
-@jax.custom_jvp
-def _lp(ord: jax.Array, groups: list[list[Leaf]]) -> list[GlobalNorm]:
-    """The p-norm of each group.
-
-    With q = abs(x)/‖x‖, its derivative is
-
-    Σ qᵢᵖ⁻¹ sign(xᵢ) ẋᵢ + ‖x‖/p · Σ qᵢᵖ log(qᵢ) ṗ; 0 at 0.
-    """
-    units, largest = zip(*_units(groups), strict=True)
-
-    def powers(array: jax.Array, unit: jax.Array, largest: jax.Array) -> jax.Array:
-        return _power(_modulus(array, unit) / largest, ord)
-
-    totals = _over_devices(_each(groups, powers, units, largest), _sums)
-    values = (_power(total, 1 / ord) for total in totals)
-    return list(map(GlobalNorm.scaled, map(operator.mul, values, largest), units))
-
-
-@_lp.defjvp
-def _lp_jvp(primals, tangents):
-    ord, groups = primals
-    ord_tangent, group_tangents = tangents
-    norms = _lp(ord, groups)
-
-    def direction(array: jax.Array, norm: GlobalNorm) -> list[jax.Array]:
-        share, signs = _Polar.over_norm(array, norm)
-        weight = _power(share, ord - 1)
-        return [weight * sign for sign in signs]
-
-    def entropy(array: jax.Array, norm: GlobalNorm) -> jax.Array:
-        share = _Polar.over_norm(array, norm).modulus
-        logarithm = jnp.log(jnp.where(share > 0, share, 1))
-        return jnp.sum(_power(share, ord) * logarithm)
-
-    entropies = _over_devices(_each(groups, entropy, norms), _sums)
-    by_ord = [
-        norm.norm / ord * total * ord_tangent
-        for norm, total in zip(norms, entropies, strict=True)
-    ]
-    directions = [direction] * len(groups)
-    return norms, _tangents(groups, group_tangents, norms, directions, by_ord)
-
-
-@jax.custom_jvp
-def _max_norms(groups: list[list[Leaf]]) -> list[GlobalNorm]:
-    """The largest modulus of each group; its derivative is the mean over all ties."""
-    if not any(jnp.iscomplexobj(leaf.array) for group in groups for leaf in group):
-        largest = _largest_parts(groups)
-        return [GlobalNorm.given(norm, _dtype(groups)) for norm in largest]
-    units = [unit for unit, _ in _units(groups)]
-    values = _over_devices(
-        _each(groups, _modulus, units),
-        lambda groups: list(map(_largest, groups)),
-        jax.lax.pmax,
-        _largest,
-    )
-    return list(map(GlobalNorm.scaled, values, units))
-
-
-@_max_norms.defjvp
-def _max_norms_jvp(primals, tangents):
-    (groups,) = primals
-    norms = _max_norms(groups)
-
-    def ties(array: jax.Array, norm: GlobalNorm) -> jax.Array:
-        modulus = _modulus(array, norm.unit)
-        return ((modulus == norm.value) & (norm.value > 0)).astype(norm.value.dtype)
-
-    counts = _over_devices(_each(groups, ties, norms), _sums)
-
-    def direction(array: jax.Array, norm: GlobalNorm, count: jax.Array):
-        weight = ties(array, norm) / jnp.maximum(count, 1)
-        return [weight * sign for sign in _Polar.over_norm(array, norm).signs]
-
-    directions = [functools.partial(direction, count=count) for count in counts]
-    return norms, _tangents(groups, tangents[0], norms, directions)
-
-
 def _power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """``x ** exponent`` for x >= 0, with 0, inf and NaN kept, and no slope at them."""
     regular = jnp.isfinite(x) & (x > 0)
@@ -609,89 +549,77 @@ def _power(x: jax.Array, exponent: jax.Array) -> jax.Array:
 # --- What all of them share.
 
 
-def _dtype(groups: list[list[Leaf]]) -> jnp.dtype:
-    return accumulator_dtype([leaf.array for group in groups for leaf in group])
-
-
-def _sums(groups: list[list[jax.Array]]) -> list[jax.Array]:
-    return [add(list(map(jnp.sum, group))) for group in groups]
-
-
-def _each(
-    groups: list[list[Leaf]], function: Callable, *values: Sequence[Any]
-) -> list[list[tuple[Axes, Any]]]:
-    """The function of each array and of its group's values, beside the array's axes."""
-    return [
-        [(leaf.axes, function(leaf.array, *of_group)) for leaf in group]
-        for group, *of_group in zip(groups, *values, strict=True)
-    ]
+def _dtype(leaves: Sequence[Leaf]) -> jnp.dtype:
+    return accumulator_dtype([leaf.array for leaf in leaves])
 
 
 def _over_devices(
-    groups: Sequence[Sequence[tuple[Axes, Any]]],
-    reduce: Callable[[list[list[Any]]], Sequence[jax.Array]],
+    leaves: Sequence[Leaf],
+    reduce: Callable[[list[Any]], jax.Array],
     collective: Callable[[jax.Array, Axes], jax.Array] = jax.lax.psum,
     combine: Callable[[Sequence[jax.Array]], jax.Array] = add,
-) -> list[jax.Array]:
-    """Reduces each group on this device, then over devices, then over sets of axes.
+) -> jax.Array:
+    """Reduces what is sharded alike on this device, then over devices; combines that.
 
-    Args:
-      groups: of items, each with the mesh axes over which it is sharded.
-      reduce: from lists of items sharded alike to small arrays of one shape.
-      collective: over devices.
-      combine: over the results for the items sharded over this and over that.
+    There is one collective for each set of axes.
     """
-    alike: dict[tuple[int, Axes], list[Any]] = {}
-    for i, group in enumerate(groups):
-        for axes, item in group:
-            alike.setdefault((i, axes), []).append(item)
-    reduced = all_reduce(
-        list(reduce(list(alike.values()))), [axes for _, axes in alike], collective
-    )
-    of_group: dict[int, list[jax.Array]] = {}
-    for (i, _), value in zip(alike, reduced, strict=True):
-        of_group.setdefault(i, []).append(value)
-    return [combine(of_group[i]) for i in range(len(groups))]
-
-
-def _tangents(
-    groups: list[list[Leaf]],
-    tangents: list[list[Leaf]],
-    norms: list[GlobalNorm],
-    directions: Sequence[Callable],
-    more: Sequence[jax.Array] | None = None,
-) -> list[GlobalNorm]:
-    """The tangents of norms: the sums of products of directions with tangents.
-
-    Args:
-      groups: of leaves.
-      tangents: of the leaves.
-      norms: of the groups.
-      directions: of each group, from an array and the norm to the real parts of what
-        multiplies those of the array's tangent.
-      more: what else to add to each.
-    """
-
-    def slope(norm: GlobalNorm, direction: Callable, leaf: Leaf, tangent: Leaf):
-        along = direction(leaf.array, norm)
-        parts = real_parts(tangent.array, norm.value.dtype)
-        return add([jnp.sum(a * b) for a, b in zip(along, parts, strict=True)])
-
-    slopes = _over_devices(
+    alike: dict[Axes, list[Any]] = {}
+    for leaf in leaves:
+        alike.setdefault(leaf.axes, []).append(leaf.array)
+    return combine(
         [
-            [
-                (leaf.axes, slope(norm, direction, leaf, tangent))
-                for leaf, tangent in zip(group, dots, strict=True)
-            ]
-            for group, dots, norm, direction in zip(
-                groups, tangents, norms, directions, strict=True
-            )
-        ],
-        _sums,
+            collective(reduce(arrays), axes) if axes else reduce(arrays)
+            for axes, arrays in alike.items()
+        ]
     )
-    if more is not None:
-        slopes = list(map(operator.add, slopes, more))
-    return [
-        GlobalNorm(slope, *map(jnp.zeros_like, (norm.value, norm.unit)))
-        for slope, norm in zip(slopes, norms, strict=True)
+
+
+def _total(leaves: Sequence[Leaf], terms: Callable[[Any], jax.Array]) -> jax.Array:
+    """The sum of the terms that each array gives."""
+    return _over_devices(
+        leaves, lambda arrays: add([jnp.sum(terms(x)) for x in arrays])
+    )
+
+
+def _maximum(
+    leaves: Sequence[Leaf], moduli: Callable[[jax.Array], list[jax.Array]]
+) -> jax.Array:
+    """The largest of the moduli that each array gives; 0 if there are none."""
+
+    def largest(arrays: Sequence[jax.Array]) -> jax.Array:
+        return functools.reduce(jnp.maximum, [jnp.max(x, initial=0) for x in arrays])
+
+    def of_moduli(arrays: list[jax.Array]) -> jax.Array:
+        return largest([modulus for array in arrays for modulus in moduli(array)])
+
+    return _over_devices(leaves, of_moduli, jax.lax.pmax, largest)
+
+
+def _tangent(
+    leaves: list[Leaf],
+    dots: list[Leaf],
+    norm: GlobalNorm,
+    direction: Callable[[jax.Array], list[jax.Array]],
+    more: jax.Array | float = 0.0,
+) -> GlobalNorm:
+    """The tangent of a norm: the sum of products of a direction with tangents.
+
+    Args:
+      leaves: to differentiate at.
+      dots: their tangents.
+      norm: of the leaves.
+      direction: from an array to what multiplies the real parts of its tangent.
+      more: what else to add.
+    """
+
+    def products(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        array, dot = pair
+        parts = real_parts(dot, norm.value.dtype)
+        return add([a * b for a, b in zip(direction(array), parts, strict=True)])
+
+    pairs = [
+        Leaf((leaf.array, dot.array), leaf.axes)
+        for leaf, dot in zip(leaves, dots, strict=True)
     ]
+    zeros = map(jnp.zeros_like, norm[1:])
+    return GlobalNorm(_total(pairs, products) + more, *zeros)
