@@ -153,6 +153,8 @@ def _sum_of_squares(
     return add(sums)
 
 
+# Traced once for leaves of one type.
+@functools.partial(jax.jit, inline=True)
 def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:
     """``abs(x) * scale``, and right for subnormal entries, which the CPU takes as 0.
 
