@@ -1,11 +1,22 @@
 """What XLA on CPU needs in place of the formulas of ``_norm`` and ``_clip``.
 
 XLA on CPU fuses little into a reduction, computes bfloat16 in float32, and takes
-subnormal entries as zero. So here the three sums are one sum, and a second one behind a
-branch; a sum of what XLA does not fuse is a loop over chunks; small leaves are packed
-and padded; and bfloat16 is rounded by integers. Nothing of this is lowered for other
-platforms. Without this module everything is right, but slower, and subnormal entries
-count as zero on CPU. ``benchmarks/README.md`` has the figures.
+subnormal entries as zero. This module works around that:
+
+* The three sums are one sum, and a second one behind a branch.
+* A sum of what XLA does not fuse is a loop over chunks.
+* Small leaves are packed and padded.
+* bfloat16 is rounded by integers.
+
+Nothing of this is lowered for other platforms. Without this module every result is
+right but slower, and subnormal entries count as zero on CPU. ``benchmarks/README.md``
+has the figures. The workarounds wait for these issues:
+
+* XLA on CPU materializes what a reduction reads:
+  https://github.com/openxla/xla/issues/49131
+* XLA on CPU flushes subnormals to zero: https://github.com/openxla/xla/issues/22858
+* XLA on CPU adds few entries one after the other:
+  https://github.com/jax-ml/jax/issues/4199
 """
 
 import functools
@@ -80,10 +91,9 @@ def product(
 ) -> jax.Array:
     """``array * shift * scale`` in bfloat16, by integers; the array if ``keep``.
 
-    XLA on CPU converts bfloat16 to float32 for a selection too, and merges one of the
-    conversions here with those of the norm: a float32 copy of the leaf, written and
-    read back. It also rounds once for each operation of the optimizer on the result.
-    To go when XLA on CPU fuses conversions from and to bfloat16.
+    XLA on CPU would convert the leaf to float32, share that conversion with the norm's,
+    and so materialize a float32 copy of the leaf. It would also round the product again
+    in each operation of the optimizer that reads it. Integers need no conversion.
     """
     bits = lax.bitcast_convert_type(array, jnp.uint16)
     wide = lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
@@ -173,9 +183,8 @@ def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:
 def _sum_entries(array: jax.Array) -> jax.Array:
     """The sum of the entries of an array, to within a few units of its precision.
 
-    XLA on CPU adds few entries one after the other. With rows of zeros after them it
-    adds them in a tree: the norm of 3,000 equal entries was off by 3e-6 without, by
-    3e-8 with them. To go when XLA adds few in a tree too.
+    XLA on CPU adds few entries one after the other. If rows of zeros follow them, XLA
+    adds all of them in a tree.
     """
     if 0 < array.size < _ADDED_IN_A_TREE:
         rows = -(-_ADDED_IN_A_TREE // array.size)
@@ -186,8 +195,7 @@ def _sum_entries(array: jax.Array) -> jax.Array:
 def _sum_in_chunks(leaves: list[jax.Array], values: Values) -> jax.Array:
     """The sum of what XLA on CPU does not fuse into a sum, but materializes first.
 
-    As a loop over chunks it is fused. To go when XLA on CPU fuses into its sums what it
-    fuses elsewhere.
+    As a loop over chunks it is fused.
     """
     size = leaves[0].size
     length = min(_CHUNK, size // _ADDENDS)

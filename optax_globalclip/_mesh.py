@@ -60,8 +60,8 @@ def on_shards(
     """
     shardings = [jax.typeof(array).sharding for array in arrays]
     meshes = [sharding.mesh for sharding in shardings]
-    # Not if some axes are manual: JAX 0.10 has no gradient of one shard_map inside
-    # another if they differ in axes, because it orders the axes of residuals wrongly.
+    # Not if some axes are manual: JAX 0.10 orders the axes of residuals wrongly in the
+    # gradient of a nested shard_map: https://github.com/jax-ml/jax/pull/26588
     mesh = next((m for m in meshes if set(m.axis_types) == {AxisType.Explicit}), None)
     if mesh is None:
         return None

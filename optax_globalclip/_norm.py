@@ -392,8 +392,8 @@ def _nonfinite(x: jax.Array) -> jax.Array:
 def _hidden(factor: float, array: jax.Array, dtype: jnp.dtype) -> Any:
     """The factor, hidden from XLA if an array may have one entry on a device.
 
-    XLA takes ``(x * c) * (x * c)`` of scalars for ``(x * x) * (c * c)``, whatever
-    overflows: https://github.com/openxla/xla, AlgebraicSimplifier.
+    The algebraic simplifier of XLA rewrites ``(x * c) * (x * c)`` of scalars to
+    ``(x * x) * (c * c)``, even if a factor of the latter overflows.
     """
     constant = dtype.type(factor)
     if is_local(array) and not (_is_static(array) and array.size == 1):
