@@ -1,6 +1,8 @@
-"""Eight fake devices, and every silent conversion an error, for the whole suite."""
+"""Eight fake devices, every silent conversion an error, and the tiers of the suite."""
 
 import os
+import random
+from collections import defaultdict
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +16,27 @@ hypothesis.settings.register_profile(
     "compiling", deadline=None, derandomize="CI" in os.environ
 )
 hypothesis.settings.load_profile("compiling")
+
+
+# Of a table with more rows than this the default run takes so many, drawn once for all.
+# The others are slow. A table whose every row is to be taken is marked ``whole``.
+SAMPLE = 6
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow what is left out of the samples."""
+    tables = defaultdict(list)
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if isinstance(item, pytest.Function) and not marks & {"slow", "whole"}:
+            tables[item.path, item.originalname].append(item)
+    for (_, name), table in tables.items():
+        if len(table) > SAMPLE:
+            taken = random.Random(name).sample(table, SAMPLE)
+            for item in table:
+                if item not in taken:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from optax_globalclip import (
     zscore_threshold,
 )
 
-pytestmark = pytest.mark.usefixtures("optax_promotes")
+pytestmark = [pytest.mark.usefixtures("optax_promotes"), pytest.mark.whole]
 
 # Steps compile for seconds: of the dtypes, those with a rescue from overflow.
 DTYPES = ["float32", "bfloat16"]

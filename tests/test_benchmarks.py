@@ -27,6 +27,8 @@ from benchmarks.programs import Collective, Program
 from benchmarks.targets import TARGETS, Compiled
 from benchmarks.trees import gpt2_small_shapes, llama_70b, resnet50_shapes
 
+pytestmark = pytest.mark.slow
+
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 
 

@@ -8,6 +8,8 @@ import tensorboardX
 
 from examples import loggers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fetches(monkeypatch):

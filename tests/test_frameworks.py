@@ -15,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 from optax_globalclip import clip_by_global_norm, metrics, skip_by_global_norm
 from optax_globalclip._demo import HIDDEN, Network, draw_batches, load_sequences
 
-pytestmark = pytest.mark.usefixtures("optax_promotes")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_promotes")]
 
 X = oracle.normals((16, 4))
 Y = oracle.normals((16, 2), seed=1)

@@ -7,6 +7,8 @@ import pytest
 
 from optax_globalclip import _demo as demo
 
+pytestmark = pytest.mark.slow
+
 
 def test_prints_a_table_and_how_to_do_it_oneself(capsys, tmp_path):
     picture = tmp_path / "demo.png"

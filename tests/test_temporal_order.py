@@ -11,7 +11,7 @@ import rich.progress
 
 from benchmarks import temporal_order, temporal_order_figure
 
-pytestmark = pytest.mark.usefixtures("optax_promotes")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_promotes")]
 
 
 @pytest.fixture
