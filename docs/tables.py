@@ -11,7 +11,12 @@ from typing import Any
 from benchmarks import report, spikes
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
-CONTENDERS = ("none", "by hand", "optax", "ours")
+CONTENDERS = {
+    "none": "no clip",
+    "by hand": "by hand",
+    "optax": "optax",
+    "ours": "optax_globalclip",
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -19,15 +24,31 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def compiled_lines(results: dict[str, Any], *, build: bool = False) -> list[str]:
-    """One line for each program compiled, a cell for each contender."""
-    programs: dict[str, dict[str, dict[str, Any]]] = {}
+def compiled_lines(results: dict[str, Any]) -> list[str]:
+    """One line for each program compiled, a cell for each contender: the README's."""
+    programs: dict[str, dict[str, str]] = {}
     for row in results["rows"]:
-        case = row["case"].removeprefix("added to ")
-        programs.setdefault(f"{case}, {row['dtype']}", {})[row["contender"]] = row
+        cell = f"{row['hbm_gb']:.4g} GB, {row['kernels']} kernels"
+        programs.setdefault(_program(row), {})[row["contender"]] = cell
     return [
-        _line([name, *(_compiled_cell(rows.get(who), build) for who in CONTENDERS)])
-        for name, rows in programs.items()
+        _line([name, *(cells.get(who, "–") for who in CONTENDERS)])
+        for name, cells in programs.items()
+    ]
+
+
+def compiled_long_lines(results: dict[str, Any]) -> list[str]:
+    """One line for each program and contender."""
+    return [
+        _line(
+            [
+                _program(row),
+                CONTENDERS[row["contender"]],
+                f"{row['hbm_gb']:.4g} GB",
+                str(row["kernels"]),
+                f"{row['build_seconds']:.2g} s",
+            ]
+        )
+        for row in results["rows"]
     ]
 
 
@@ -38,16 +59,11 @@ def spikes_lines(results: dict[str, Any]) -> list[str]:
 
 def compare_lines(results: dict[str, Any]) -> list[str]:
     """One line for each case in which Optax's clip and ours differ."""
-    return [
-        _line([row["case"], row["optax"], row["ours"]]) for row in results["rows"]
-    ]
+    return [_line([row["case"], row["optax"], row["ours"]]) for row in results["rows"]]
 
 
-def _compiled_cell(row: dict[str, Any] | None, build: bool) -> str:
-    if row is None:
-        return "–"
-    cell = f"{row['hbm_gb']:.4g} GB, {row['kernels']} kernels"
-    return f"{cell}, {row['build_seconds']:.2g} s" if build else cell
+def _program(row: dict[str, Any]) -> str:
+    return f"{row['case'].removeprefix('added to ')}, {row['dtype']}"
 
 
 def _line(cells: Any) -> str:
@@ -65,7 +81,7 @@ def main() -> None:
     }
     for name, lines in tables.items():
         print(f"{name}.json", *lines(read(name)), sep="\n", end="\n\n")
-    print("With build times", *compiled_lines(read("compiled-h100"), build=True), sep="\n")
+    print("docs/cost.md", *compiled_long_lines(read("compiled-h100")), sep="\n")
 
 
 if __name__ == "__main__":
