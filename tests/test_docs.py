@@ -1,5 +1,6 @@
-"""The README runs as pasted, and its figures are those that the benchmarks wrote."""
+"""The pages run as pasted, and their figures are those that the benchmarks wrote."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -7,88 +8,229 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_globalclip
-from benchmarks import locks, report, spikes, temporal_order
+from benchmarks import by_hand, locks, report, spikes, temporal_order
+from docs import tables
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()}
+PAGES |= {"CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text()}
+PAGES |= {"benchmarks/README.md": BENCHMARKS}
+PAGES |= {f"docs/{name}": text for name, text in DOCS.items()}
+each_page = pytest.mark.parametrize("page", PAGES)
 
 
-def test_python_blocks_run_in_order(capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 2
-    namespace = {}
+# --- The code.
+
+
+def blocks_of(page):
+    """The code, after as many empty lines as stand above it: errors show the line."""
+    found = re.finditer(r"(?<=^```python\n).*?(?=^```$)", PAGES[page], re.S | re.M)
+    return ["\n" * PAGES[page].count("\n", 0, m.start()) + m[0] for m in found]
+
+
+@contextlib.contextmanager
+def as_users_have_it():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), namespace)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "30.0 1.0 1.0"
-    assert "# 30.0 1.0 1.0" in README
+        yield
 
 
-def test_first_block_runs_by_itself():
-    block = re.search(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert block is not None
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+def test_python_blocks_print_what_they_say(page, capsys):
+    namespace, said = {}, []
+    with as_users_have_it():
+        for block in blocks_of(page):
+            exec(compile(block, page, "exec"), namespace)
+            prints = re.findall(r"^ *print\(.*$", block, re.MULTILINE)
+            assert all(re.search(r"\)  # .", line) for line in prints)
+            said += [line.split("  # ", 1)[1] for line in prints]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_pages_have_code():
+    pages = [page for page in PAGES if blocks_of(page)]
+    assert len(pages) >= 9
+    assert sum(len(blocks_of(page)) for page in pages) >= 30
+
+
+def test_first_block_of_the_readme_runs_by_itself():
     ran = subprocess.run(
-        [sys.executable, "-c", block[1]], capture_output=True, text=True, check=True
+        [sys.executable, "-c", blocks_of("README.md")[0]],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert ran.stdout == "30.0 1.0 1.0\n"
 
 
+# --- The figures.
+
+
+def rows_of(text, columns):
+    """The cells of the rows of tables with so many columns."""
+    rows = [line[2:-2].split(" | ") for line in re.findall(r"^\| .* \|$", text, re.M)]
+    return [row for row in rows if len(row) == columns]
+
+
 def test_comparison_with_optax_is_the_one_that_was_written():
-    written = json.loads((RESULTS / "compare.json").read_text())
-    for row in written["rows"]:
-        assert f"| {row['case']} | {row['optax']} | {row['ours']} |" in README
+    written = tables.read("compare")
+    page = DOCS["coming-from.md"]
+    assert not [line for line in tables.compare_lines(written) if line not in page]
     versions = written["versions"]
-    assert f"optax {versions['optax']}, jax {versions['jax']}" in README
+    assert f"optax {versions['optax']}, jax {versions['jax']}" in page
 
 
-def test_costs_are_those_that_were_written():
-    results = json.loads((RESULTS / "cpu-2-cores.json").read_text())
+WRONG_ELSEWHERE = rows_of(README.split("## What goes wrong")[1].split("\n## ")[0], 4)[
+    1:
+]
+
+
+def test_five_cases_are_compared_in_the_readme():
+    written = {row["case"]: row for row in tables.read("compare")["rows"]}
+    assert len(WRONG_ELSEWHERE) == 5
+    for case, optax, _, ours in WRONG_ELSEWHERE:
+        assert (optax, ours) == (written[case]["optax"], written[case]["ours"])
+
+
+def clipped_by_hand(updates, max_norm):
+    return by_hand.clip_by_global_norm(max_norm).update(updates, None)[0]
+
+
+def norm_by_hand():
+    """Of the leaves of ``benchmarks.compare``: told by what becomes of a small one."""
+    rng = np.random.default_rng(0)
+    leaves = [rng.standard_normal(1000, np.float32) for _ in range(1000)]
+    small = np.float32(1e-3)
+    tree = [small, *(jnp.asarray(leaf).astype(jnp.bfloat16) for leaf in leaves)]
+    return f"{float(small / clipped_by_hand(tree, 1.0)[0]):.1f}"
+
+
+def norm_by_hand_in_shard_map():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    clip = jax.shard_map(
+        lambda x: clipped_by_hand(x, 1.0),
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    return f"{jnp.linalg.norm(clip(jnp.ones(800))):.3g}"
+
+
+def entries_by_hand(updates, max_norm):
+    found = np.asarray(clipped_by_hand(updates, max_norm), np.float64)
+    return f"[{', '.join(f'{entry:.3g}' for entry in found)}]"
+
+
+BY_HAND = {
+    "norm of 1,000 bfloat16 leaves": norm_by_hand,
+    "float16 [300": lambda: entries_by_hand(jnp.full(3, 300, jnp.float16), 1.0),
+    "float32 [1e20": lambda: entries_by_hand(jnp.full(3, 1e20), 1.0),
+    "[0, 0], clipped to 0": lambda: entries_by_hand(jnp.zeros(2), 0.0),
+    "norm after clipping to 1 on 8 devices": norm_by_hand_in_shard_map,
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_five_lines_by_hand_do_what_the_readme_says(case):
+    ((_, _, said, _),) = [row for row in WRONG_ELSEWHERE if row[0].startswith(case)]
+    with as_users_have_it():
+        assert BY_HAND[case]() == said
+
+
+def test_five_lines_by_hand_flush_subnormal_entries():
+    assert "subnormal entries" in README
+    tiny = np.float32([1e-40, 0.5])
+    np.testing.assert_array_equal(clipped_by_hand(tiny, 1.0), np.float32([0, 0.5]))
+    clipped, _ = optax_globalclip.clip_updates(tiny, 1.0)
+    np.testing.assert_array_equal(clipped, tiny)
+
+
+def test_measured_costs_are_those_that_were_written():
+    results = tables.read("cpu-2-cores")
     written = report.lines(results)
     claimed = re.findall(r"^\| .* \| [\d.]+ m?s \| .* \|$", README, re.MULTILINE)
     assert len(claimed) >= 6
     assert set(claimed) <= set(written)
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    assert not [line for line in written if line not in page]
-    assert f"jax {results['versions']['jax']}" in page
+    ratios = [float(line.split(" | ")[3]) for line in claimed]
+    assert sum(ratio > 1 for ratio in ratios) >= 2
+    assert "Measured on 2 CPU cores" in README
+    assert not [line for line in written if line not in BENCHMARKS]
+    assert f"jax {results['versions']['jax']}" in BENCHMARKS
+
+
+COMPILED = {results["target"]: results for results in tables.compiled()}
+
+
+def test_compiled_costs_are_those_that_were_written():
+    assert "Compiled, not measured" in README
+    written = [
+        line for results in COMPILED.values() for line in tables.compiled_lines(results)
+    ]
+    claimed = re.findall(r"^\| .* GB, .* \|$", README, re.MULTILINE)
+    assert len(claimed) >= 3
+    assert set(claimed) <= set(written)
+
+
+@pytest.mark.parametrize("target", COMPILED)
+def test_page_about_cost_has_every_contender_of_what_was_compiled(target):
+    assert COMPILED[target]["what"] == "Compiled, not measured"
+    assert target in DOCS["cost.md"]
+    claimed = re.findall(rf"^\| {target}: .* GB \| .* \|$", DOCS["cost.md"], re.M)
+    programs = tables.compiled_long_lines(COMPILED[target]).values()
+    shown = [lines for lines in programs if set(lines) & set(claimed)]
+    assert len(shown) >= 3
+    assert sorted(claimed) == sorted(sum(shown, []))
+
+
+def test_clips_compiled_for_a_gpu_differ_as_the_page_about_cost_says():
+    programs = {}
+    for row in COMPILED["H100"]["rows"]:
+        programs.setdefault((row["case"], row["dtype"]), {})[row["contender"]] = row
+    for rows in programs.values():
+        ours = rows["ours"]
+        for peer in (rows["optax"], rows["by hand"]):
+            assert 1 <= ours["hbm_gb"] / peer["hbm_gb"] < 1.01
+            assert ours["kernels"] < peer["kernels"]
 
 
 def test_sharded_programs_are_those_that_were_written():
     results = json.loads((RESULTS / "llama-70b.json").read_text())
-    page = (ROOT / "benchmarks" / "README.md").read_text()
     lines = report.sharding_lines(results)
     assert len(lines) == 12
-    assert not [line for line in lines if line not in page]
+    assert not [line for line in lines if line not in BENCHMARKS]
 
 
 def test_study_of_spikes_is_the_one_that_was_written():
-    rows = json.loads((RESULTS / "spikes.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == list(spikes.METHODS)
-    for row in rows:
-        assert f"| {' | '.join(spikes.cells(row))} |" in README
+    results = tables.read("spikes")
+    assert [row["method"] for row in results["rows"]] == list(spikes.METHODS)
+    page = DOCS["thresholds.md"]
+    assert not [line for line in tables.spikes_lines(results) if line not in page]
 
 
 def test_histories_that_lock_zclip_are_those_that_were_written(tmp_path):
     locks.main(["--out", str(tmp_path)])
     rows = json.loads((tmp_path / "locks.json").read_text())["rows"]
     assert rows == json.loads((RESULTS / "locks.json").read_text())["rows"]
-    page = (ROOT / "benchmarks" / "README.md").read_text()
     for row in rows:
-        assert f"| {row['history']} | {row['zclip']} | {row['ours']} |" in page
+        assert f"| {row['history']} | {row['zclip']} | {row['ours']} |" in BENCHMARKS
 
 
 def test_study_of_the_paper_is_the_one_that_was_written():
     study = json.loads((RESULTS / "temporal-order.json").read_text())
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    assert f"at most {study['steps']:,} updates" in page
+    assert f"at most {study['steps']:,} updates" in BENCHMARKS
     lines = temporal_order.lines(study["rows"])
     assert len(lines) == len(temporal_order.LENGTHS)
     for line in lines:
-        assert f"| {' | '.join(line)} |" in page
+        assert f"| {' | '.join(line)} |" in BENCHMARKS
     notebook = (ROOT / "notebooks" / "5-recurrent-networks.ipynb").read_text()
     for method in temporal_order.METHODS:
         solved = [row["solved"] for row in study["rows"] if row["method"] == method]
@@ -96,18 +238,40 @@ def test_study_of_the_paper_is_the_one_that_was_written():
         assert f"{method.ljust(24)} {printed}" in notebook
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", README)
-    assert len(links) >= 4
-    for link, section in links:
-        if not link.startswith("http"):
-            page = ROOT / (link or "README.md")
-            assert page.exists(), link
-            if section:
-                headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
-                words = [re.sub(r"[^\w -]", "", each.lower()) for each in headings]
-                slugs = [each.replace(" ", "-") for each in words]
-                assert section in slugs
+# --- The pages.
+
+
+def slugs(page):
+    headings = re.findall(r"^#+ (.*)$", PAGES[page], re.MULTILINE)
+    words = [re.sub(r"[^\w -]", "", each.lower()) for each in headings]
+    return [each.replace(" ", "-") for each in words]
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for link, section in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", PAGES[page]):
+        if link.startswith("http"):
+            continue
+        path = ((ROOT / page).parent / link).resolve() if link else ROOT / page
+        assert path.exists(), link
+        if section:
+            assert section in slugs(path.relative_to(ROOT).as_posix()), section
+
+
+@each_page
+def test_pictures_have_a_text(page):
+    for text in re.findall(r"!\[(.*?)\]", PAGES[page]):
+        assert len(text.split()) >= 5
+
+
+def test_readme_and_contributing_are_short():
+    assert len(README.splitlines()) <= 120
+    assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 45
+
+
+def test_readme_leads_to_every_guide():
+    reference = {"api.md", "index.md"}
+    assert not [name for name in set(DOCS) - reference if f"docs/{name}" not in README]
 
 
 PUBLIC = [
@@ -133,6 +297,18 @@ def test_nothing_else_is_public():
 def test_public_names_are_documented(name):
     documentation = getattr(optax_globalclip, name).__doc__
     assert any(section in documentation for section in ("Example:", "Attributes:"))
+
+
+def test_every_public_name_has_a_line_in_the_readme():
+    table = README.split("## API")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)", table, re.MULTILINE)) == PUBLIC
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    named = re.findall(
+        r"^\.\. auto\w+:: optax_globalclip\.(\w+)$", DOCS["api.md"], re.M
+    )
+    assert sorted(named) == PUBLIC
 
 
 def test_version():

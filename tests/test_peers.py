@@ -1,4 +1,4 @@
-"""The README's "coming from" rows: each pair of expressions run, and compared.
+"""The rows of docs/coming-from.md: each pair of expressions run, and compared.
 
 The peers that are not installed (extra ``peers``; PyTorch by itself) are left out.
 """
@@ -16,8 +16,8 @@ from jax.experimental import checkify
 
 import optax_globalclip
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-SECTION = README.split("## Coming from other libraries")[1].split("\n## ")[0]
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "coming-from.md"
+SECTION = PAGE.read_text()
 ROWS = re.findall(r"^\| `(.*?)` \| `(.*?)` \|", SECTION, re.MULTILINE)
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")

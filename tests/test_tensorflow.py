@@ -1,6 +1,6 @@
 """tf.clip_by_global_norm: its examples, its documentation, and where we differ.
 
-The README's table "differs from TensorFlow on purpose" has a test for each row: our
+The table of docs/coming-from.md on TensorFlow has a test for each row: our
 column always, TensorFlow's where it is installed (extra ``peers``).
 """
 
@@ -83,7 +83,7 @@ def test_tensorflow_agrees(tf, max_norm):
         np.testing.assert_allclose(our, their.numpy(), 1e-6)
 
 
-# --- Where we differ on purpose, by the rows of the README's table.
+# --- Where we differ on purpose, by the rows of docs/coming-from.md.
 
 
 def clip_in_tensorflow(tf, values, max_norm, **options):

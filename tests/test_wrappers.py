@@ -12,7 +12,7 @@ import pytest
 
 from optax_globalclip import clip_by_global_norm, metrics, skip_by_global_norm
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "wrappers.md").read_text()
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
@@ -233,8 +233,8 @@ def test_skip_by_global_norm():
     assert state[1].num_skipped == 0
 
 
-def test_every_row_of_the_readme_is_a_test():
-    section = README.split("## Inside Optax's wrappers")[1].split("\n## ")[0]
+def test_every_row_of_the_page_is_a_test():
+    section = PAGE.split("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     rows = [re.findall(r"`(?:contrib\.)?(\w+)`", cell) for cell in cells]
     names = [name for row in rows for name in row]
