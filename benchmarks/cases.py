@@ -44,7 +44,7 @@ def added_to_step(
     progress: rich.progress.Progress,
     *,
     case: str | None = None,
-    floor: bool = True,
+    one_read: bool = True,
 ) -> Rows:
     """What clipping adds to a step that updates parameters in place."""
     tx = OPTIMIZERS[optimizer]()
@@ -53,9 +53,9 @@ def added_to_step(
     for name, clip in {"none": optax.identity(), **clips()}.items():
         chained = optax.chain(clip, tx)
         contenders[name] = _step(chained, params, grads)
-    if floor:
+    if one_read:
         read, step = reader(grads), contenders["none"].run
-        contenders["floor"] = Contender(lambda value: (step(value), read())[0])
+        contenders["one read"] = Contender(lambda value: (step(value), read())[0])
     interleaved(contenders, rounds, progress, shared=(params, tx.init(params)))
     return rows(case or f"added to {optimizer}", dtype, contenders, beside="none")
 
@@ -99,7 +99,7 @@ def alone(
     for name, tx in clips(max_norm).items():
         contenders[name] = _in_place(tx, tree, donate)
     contenders |= peers.contenders(tree, max_norm)
-    contenders["floor"] = _read_and_scale(tree)
+    contenders["one read"] = _read_and_scale(tree)
     contenders["copy"] = Contender(
         lambda _: jax.block_until_ready(jax.tree.map(jnp.copy, tree))
     )
@@ -220,7 +220,7 @@ def against_parameters(
         shapes = [(size // 16,)] * 16
         case = f"parameters: {size}"
         found += added_to_step(
-            "AdamW", shapes, "float32", rounds, progress, case=case, floor=False
+            "AdamW", shapes, "float32", rounds, progress, case=case, one_read=False
         )
     return found
 

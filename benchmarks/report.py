@@ -2,51 +2,58 @@
 
 from typing import Any
 
-HEADER = "| case | optax | optax_globalclip | ratio | floor | temporary memory |"
+HEADER = (
+    "| case | one read | by hand | optax | optax_globalclip | ratio to optax "
+    "| temporary memory |"
+)
+
+Row = dict[str, Any]
 
 
 def lines(results: dict[str, Any]) -> list[str]:
     """One line of markdown for each case that both clips were timed in."""
-    pairs: dict[tuple[str, str], dict[str, dict]] = {}
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
     for row in results["rows"]:
         key = (row["case"], row["dtype"])
-        pairs.setdefault(key, {})[row["contender"]] = row
+        cases.setdefault(key, {})[row["contender"]] = row
     found = []
-    for (case, dtype), rows in pairs.items():
+    for (case, dtype), rows in cases.items():
         if case.startswith(("parameters", "leaves")):  # What the figure shows.
             continue
         name = f"{case}, {dtype}"
-        theirs = rows[rows["ours"]["ratio_to"]]
-        found.append(_line(name, theirs, rows["ours"], rows.get("floor")))
+        found.append(_line(name, rows))
         if case.endswith("leaves of 1,000"):
-            found.append(_build_line(name, theirs, rows["ours"]))
+            found.append(_build_line(name, rows))
     return found
 
 
-def _line(
-    name: str,
-    theirs: dict[str, Any],
-    ours: dict[str, Any],
-    floor: dict[str, Any] | None,
-) -> str:
-    times = [_milliseconds(row) for row in (theirs, ours)]
+def _line(name: str, rows: dict[str, Row]) -> str:
+    ours = rows["ours"]
+    theirs = rows[ours["ratio_to"]]
+    times = [rows.get("one read"), rows.get("by hand"), theirs, ours]
+    low, high = ours["ratio_quartiles"]
     memory = [row["temporary_mb"] for row in (theirs, ours)]
     both = "" if None in memory else " → ".join(f"{m:.3g}" for m in memory) + " MB"
-    least = "" if floor is None else _milliseconds(floor)
-    cells = (name, *times, f"{ours['ratio']:.2f}", least, both)
-    return "| " + " | ".join(cells) + " |"
+    ratio = f"{ours['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return _cells(name, *map(_milliseconds, times), ratio, both)
 
 
-def _milliseconds(row: dict[str, Any]) -> str:
+def _build_line(name: str, rows: dict[str, Row]) -> str:
+    seconds = [rows[who]["build_seconds"] for who in ("by hand", "optax", "ours")]
+    times = (f"{s:.3g} s" for s in seconds)
+    ratio = f"{seconds[2] / seconds[1]:.2f}"
+    return _cells(f"{name}: to build", "", *times, ratio, "")
+
+
+def _cells(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _milliseconds(row: Row | None) -> str:
+    if row is None:
+        return ""
     added = row["added_milliseconds"]
     return f"{row['milliseconds'] if added is None else added:.3g} ms"
-
-
-def _build_line(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    seconds = [row["build_seconds"] for row in (theirs, ours)]
-    ratio = seconds[1] / seconds[0]
-    times = " | ".join(f"{s:.3g} s" for s in seconds)
-    return f"| {name}: to build | {times} | {ratio:.2f} | | |"
 
 
 def sharding_lines(results: dict[str, Any]) -> list[str]:

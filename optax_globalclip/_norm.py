@@ -447,7 +447,7 @@ def _lp_norm(ord: jax.Array, leaves: list[Leaf]) -> GlobalNorm:
     unit, largest = _unit(leaves)
 
     def powers(array: jax.Array) -> jax.Array:
-        return _power(_modulus(array, unit) / largest, ord)
+        return _power(_moduli(array, unit) / largest, ord)
 
     root = _power(_total(leaves, powers), 1 / ord)
     return GlobalNorm.scaled(root * largest, unit)
@@ -460,12 +460,12 @@ def _lp_norm_jvp(primals, tangents):
     norm = _lp_norm(ord, leaves)
 
     def direction(array: jax.Array) -> list[jax.Array]:
-        share, signs = _polar_over(array, norm)
-        weight = _power(share, ord - 1)
-        return [weight * sign for sign in signs]
+        # For p = 1 the weight is 1 even if the share underflows.
+        weight = jnp.where(ord == 1, 1, _power(_shares(array, norm), ord - 1))
+        return [weight * sign for sign in _signs(array, norm)]
 
     def entropy(array: jax.Array) -> jax.Array:
-        share, _ = _polar_over(array, norm)
+        share = _shares(array, norm)
         return _power(share, ord) * jnp.log(jnp.where(share > 0, share, 1))
 
     by_ord = norm.norm / ord * _total(leaves, entropy) * ord_dot
@@ -478,7 +478,7 @@ def _max_norm(leaves: list[Leaf]) -> GlobalNorm:
     if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
         return GlobalNorm.given(_largest_part(leaves), _dtype(leaves))
     unit, _ = _unit(leaves)
-    return GlobalNorm.scaled(_maximum(leaves, lambda x: [_modulus(x, unit)]), unit)
+    return GlobalNorm.scaled(_maximum(leaves, lambda x: [_moduli(x, unit)]), unit)
 
 
 @_max_norm.defjvp
@@ -487,32 +487,43 @@ def _max_norm_jvp(primals, tangents):
     norm = _max_norm(leaves)
 
     def ties(array: jax.Array) -> jax.Array:
-        modulus = _modulus(array, norm.unit)
+        modulus = _moduli(array, norm.unit)
         return ((modulus == norm.value) & (norm.value > 0)).astype(modulus.dtype)
 
     count = jnp.maximum(_total(leaves, ties), 1)
 
     def direction(array: jax.Array) -> list[jax.Array]:
-        return [ties(array) / count * sign for sign in _polar_over(array, norm)[1]]
+        weight = ties(array) / count
+        return [weight * sign for sign in _signs(array, norm)]
 
     return norm, _tangent(leaves, *tangents, norm, direction)
 
 
-def _polar(parts: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-    """The moduli and the signs, which are the real parts of ``x / abs(x)``."""
-    if len(parts) == 1:
-        return jnp.abs(parts[0]), [jnp.sign(parts[0])]
-    modulus = jnp.abs(jax.lax.complex(*parts))
-    return modulus, [part / jnp.where(modulus == 0, 1, modulus) for part in parts]
+def _modulus(parts: Sequence[jax.Array]) -> jax.Array:
+    return jnp.abs(parts[0] if len(parts) == 1 else jax.lax.complex(*parts))
 
 
-def _polar_over(array: jax.Array, norm: GlobalNorm):
-    return _polar([divide(x, norm) for x in real_parts(array, norm.value.dtype)])
-
-
-def _modulus(array: jax.Array, unit: jax.Array) -> jax.Array:
+def _moduli(array: jax.Array, unit: jax.Array) -> jax.Array:
     """The moduli of the entries, divided by the unit."""
-    return _polar([part / unit for part in real_parts(array, unit.dtype)])[0]
+    return _modulus([part / unit for part in real_parts(array, unit.dtype)])
+
+
+def _shares(array: jax.Array, norm: GlobalNorm) -> jax.Array:
+    """The moduli of the entries, divided by the norm."""
+    return _modulus([divide(x, norm) for x in real_parts(array, norm.value.dtype)])
+
+
+def _signs(array: jax.Array, norm: GlobalNorm) -> list[jax.Array]:
+    """The real parts of ``x / abs(x)``; 0 at 0, and if the norm is not finite."""
+    parts = real_parts(array, norm.value.dtype)
+    parts = [jnp.where(jnp.isfinite(norm.value), part, 0) for part in parts]
+    if len(parts) == 1:
+        return [jnp.sign(parts[0])]
+    # Divided by the larger part first, because the modulus may overflow or underflow.
+    larger = functools.reduce(jnp.maximum, map(jnp.abs, parts))
+    parts = [part / jnp.where(larger == 0, 1, larger) for part in parts]
+    modulus = _modulus(parts)
+    return [part / jnp.where(modulus == 0, 1, modulus) for part in parts]
 
 
 def _unit(leaves: list[Leaf]) -> tuple[jax.Array, jax.Array]:

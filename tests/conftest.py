@@ -12,22 +12,30 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Every new tree compiles, which has no deadline. What lands is judged on fixed trees.
-hypothesis.settings.register_profile(
-    "compiling", deadline=None, derandomize="CI" in os.environ
-)
-hypothesis.settings.load_profile("compiling")
+# HYPOTHESIS_PROFILE=many draws as many as .ci/run does, thorough 20,000 of each.
+for _profile, _cases in {"few": 5, "many": 100, "thorough": 20_000}.items():
+    hypothesis.settings.register_profile(
+        _profile,
+        deadline=None,
+        derandomize="CI" in os.environ,
+        max_examples=_cases,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 # Of a table with more rows than this the default run takes so many, drawn once for all.
 # The others are slow. A table whose every row is to be taken is marked ``whole``.
-SAMPLE = 6
+SAMPLE = 2
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow what is left out of the samples."""
+    """Marks as slow what is left out of the samples, and what draws its cases."""
     tables = defaultdict(list)
     for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.drawn)
         marks = {mark.name for mark in item.iter_markers()}
         if isinstance(item, pytest.Function) and not marks & {"slow", "whole"}:
             tables[item.path, item.originalname].append(item)

@@ -19,6 +19,8 @@ from optax_globalclip import (
     zscore_threshold,
 )
 
+pytestmark = pytest.mark.slow
+
 clip = functools.partial(clip_by_global_norm, nonfinite="zero")
 OPTIMIZERS = {
     "number": lambda: optax.chain(clip(1.0), optax.adamw(0.1)),

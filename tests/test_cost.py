@@ -131,6 +131,7 @@ def guarded(tx):
     return skip_by_global_norm(tx, zscore_threshold(6.0))
 
 
+@pytest.mark.slow
 @fuses_sums
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_skip_adds_no_temporary(dtype, optax_promotes):
@@ -149,6 +150,7 @@ def test_skip_adds_no_temporary(dtype, optax_promotes):
 # --- Few operations.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [False, True])
 def test_many_small_leaves_take_few_reductions(transform):
     tree = [abstract((1000,))] * 2000
@@ -257,6 +259,7 @@ def test_one_all_reduce_of_three_numbers_for_each_set_of_axes(mode, num_leaves):
     assert all_reduced(clip_compiled(mode, num_leaves)) == [3, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shard_map", "explicit", "auto"])
 def test_skip_and_clip_take_the_all_reduces_of_one(mode):
     mesh = oracle.mesh(AxisType.Explicit if mode == "explicit" else AxisType.Auto)
@@ -277,6 +280,7 @@ def test_skip_and_clip_take_the_all_reduces_of_one(mode):
     assert len(once) == (3 if mode != "auto" else len(once)) <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["shard_map", "explicit"])
 @pytest.mark.parametrize(("ord", "expected"), [(3, 6), (math.inf, 3)])
 def test_other_orders_take_one_for_the_largest_entry_and_one_for_the_sum(

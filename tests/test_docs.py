@@ -17,6 +17,8 @@ import optax_globalclip
 from benchmarks import by_hand, locks, report, spikes, temporal_order
 from docs import tables
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()

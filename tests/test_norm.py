@@ -28,6 +28,7 @@ def assert_norm(tree, tolerance=5e-7, **options):
 # --- Accuracy.
 
 
+@pytest.mark.slow
 @dtypes
 def test_thousand_leaves(dtype):
     # optax.global_norm gives 724 for 1000 here in bfloat16.
@@ -207,6 +208,7 @@ def test_traced_ord(ord):
 # --- Derivatives.
 
 
+@pytest.mark.slow
 @ords
 def test_gradient_matches_finite_differences(ord):
     with jax.enable_x64(True):

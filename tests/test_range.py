@@ -836,3 +836,13 @@ def test_examples_of_every_magnitude_have_norms_of_their_own():
     for norms in (jax.vmap(global_norm)(batch), jax.vmap(leaf_norms)(batch)):
         for norm, leaf in zip(np.asarray(norms), batch, strict=True):
             assert_norm(norm, oracle.exact_norm(leaf))
+
+
+def test_derivative_of_the_1_norm_is_the_sign_of_the_smallest_entries_too():
+    # Divided by the norm, the last entries underflow.
+    x = np.float32([1e34, -3e30, 1e-10, -1e-5, 0.0])
+    found = jax.grad(functools.partial(global_norm, ord=1))(x)
+    np.testing.assert_allclose(found, [1, -1, 1, -1, 0], rtol=1e-6)
+    z = np.complex64([1e34, 1e-10j])
+    found = jax.grad(functools.partial(global_norm, ord=1))(z)
+    np.testing.assert_allclose(found, [1, -1j], rtol=1e-6)

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_globalclip import clip_by_global_norm
 
+pytestmark = pytest.mark.slow
+
 
 def network(params, x):
     hidden = jnp.tanh(x @ params["up"] + params["bias"][None])

@@ -201,6 +201,7 @@ def test_other_formats_are_named():
         global_norm({"e": integers})
 
 
+@pytest.mark.slow
 def test_embedding_trained_with_sparse_gradients():
     """Equal to its dense twin, step by step."""
     tx = clip_by_global_norm(0.5)
@@ -238,6 +239,7 @@ def test_embedding_trained_with_sparse_gradients():
     assert 0 < states[0].num_clipped
 
 
+@pytest.mark.slow
 def test_row_sparse_gradients_of_jax():
     """What ``jax.experimental.sparse.grad`` returns, beside a dense leaf."""
     matrix = sparse.BCOO.fromdense(jnp.triu(oracle.normals((5, 5))))

@@ -14,7 +14,7 @@ from optax_globalclip import clip_by_global_norm, metrics, skip_by_global_norm
 
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "wrappers.md").read_text()
 
-pytestmark = pytest.mark.usefixtures("optax_promotes")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_promotes")]
 
 PARAMS = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
 GRADS = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
