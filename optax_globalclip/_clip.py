@@ -13,6 +13,7 @@ from jax.experimental import checkify
 
 from . import _cpu
 from ._checks import NonFinite, Scalar, as_ord, as_scalar, check_nonfinite
+from ._errors import explained
 from ._mesh import factor_of, is_unreduced
 from ._norm import GlobalNorm, divide, formula_of, found, measure
 from ._range import wide
@@ -44,6 +45,7 @@ class Clip(NamedTuple):
     finite: jax.Array
 
 
+@explained()
 def clip_updates(
     updates: optax.Updates,
     max_norm: chex.Numeric | None,

@@ -25,6 +25,7 @@ from jax.tree_util import Partial
 
 from . import _cpu
 from ._checks import Scalar, as_ord
+from ._errors import explained
 from ._mesh import Axes, all_reduce, factor_of, is_local, on_shards, reduced
 from ._range import Range, add, fits, real_parts
 from ._tree import (
@@ -46,6 +47,7 @@ _LANES, _ROWS = 128, 8192
 _LARGE = 2**22
 
 
+@explained()
 def global_norm(
     updates: optax.Updates, *, ord: chex.Numeric = 2, axis_name: AxisName = None
 ) -> jax.Array:
@@ -112,6 +114,7 @@ def global_norm(
     return measure(leaves, formula_of(as_ord(ord))).norm
 
 
+@explained()
 def leaf_norms(
     updates: optax.Updates, *, ord: chex.Numeric = 2, axis_name: AxisName = None
 ) -> optax.Updates:

@@ -14,6 +14,7 @@ import optax
 
 from ._checks import NonFinite, as_ord, check_count, check_nonfinite
 from ._clip import Clip, check_finite, clip_leaves, kept_or_zero, norm_given
+from ._errors import explained
 from ._mesh import replicated
 from ._norm import GlobalNorm, formula_of, known_norm, measure
 from ._threshold import (
@@ -143,6 +144,7 @@ def clip_by_global_norm(
             )
         )
 
+    @explained(max_norm=max_norm, ord=ord)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -308,6 +310,7 @@ def skip_by_global_norm(
         )
         return SkipByGlobalNormState(**scalars, inner_state=inner.init(params))
 
+    @explained(max_norm=max_norm, ord=ord)
     def update_fn(
         updates: optax.Updates,
         state: Any,
