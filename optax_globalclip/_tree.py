@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental.sparse import BCOO, BCSR, JAXSparse, bcoo_sum_duplicates
 
@@ -227,12 +228,25 @@ def _unwrapped(leaf: Any) -> Any:
 def _has_norm(leaf: object) -> bool:
     if is_sparse(leaf) and not isinstance(leaf, BCOO | BCSR):
         return False
-    return _is_inexact(getattr(leaf, "dtype", type(leaf)))
+    if isinstance(leaf, type | jax.ShapeDtypeStruct):
+        return False
+    try:
+        return _is_inexact(getattr(leaf, "dtype", type(leaf)))
+    except TypeError:  # The dtype of another framework.
+        return False
 
 
 @functools.cache
 def _is_inexact(dtype: Any) -> bool:
-    return dtype in (float, complex) or jnp.issubdtype(dtype, jnp.inexact)
+    if dtype in (float, complex):
+        return True
+    return jnp.issubdtype(dtype, jnp.inexact) and not _is_extended(dtype)
+
+
+def _is_extended(dtype: Any) -> bool:
+    """Whether the dtype is a long double, which JAX has no arrays of."""
+    extended = np.dtype(np.longdouble), np.dtype(np.clongdouble)
+    return dtype in extended and dtype not in (np.float64, np.complex128)
 
 
 def _as_array(leaf: Any) -> jax.Array:
@@ -256,12 +270,38 @@ def _no_norm(updates: optax.Updates) -> TypeError:
             f"{where} is a {type(leaf).__name__}, but sparse leaves are BCOO or BCSR. "
             "Pass jax.experimental.sparse.BCOO.fromdense of its todense()."
         )
-    if hasattr(leaf, "dtype"):
+    if hasattr(leaf, "dtype") and not isinstance(leaf, type):
         shape = ",".join(map(str, getattr(leaf, "shape", ())))
         what = f"{leaf.dtype}[{shape}]"
+        if remedy := _remedy(leaf):
+            return TypeError(f"{where} is {what}, {remedy}")
     else:
         what = f"{leaf!r}, of type {type(leaf).__name__}"
     return TypeError(
         f"{where} is {what}, but a global norm takes float or complex arrays. "
         f"{_WITHOUT}"
     )
+
+
+def _remedy(leaf: Any) -> str | None:
+    """What to do about a leaf that is an array, but none of JAX or NumPy."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return (
+            "but abstract: it has no entries. Pass it through jax.eval_shape of this "
+            "function."
+        )
+    try:
+        extended = _is_extended(np.dtype(leaf.dtype))
+    except TypeError:
+        extended = False
+        if not isinstance(leaf, jax.Array):
+            return (
+                f"a {type(leaf).__module__}.{type(leaf).__name__}, but a global norm "
+                "takes arrays of JAX or NumPy. Pass jax.dlpack.from_dlpack of it."
+            )
+    if extended:
+        return (
+            "which JAX has no arrays of. Pass it .astype of numpy.float64 or "
+            "numpy.complex128."
+        )
+    return None
