@@ -59,6 +59,11 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       clip_fraction: 1.0
       nonfinite_fraction: 0.0
     """
+    if isinstance(opt_state, optax.GradientTransformation):
+        raise TypeError(
+            "opt_state is a gradient transformation. Pass the state that its init or "
+            "update returned."
+        )
     found = list(_states(opt_state, ()))
     if len(found) == 1:
         return _metrics_of(found[0][1])
@@ -115,13 +120,22 @@ def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
     # Arrays first: Flax NNX keeps each field in a Variable, which changes at the next
     # update.
     scalars = {
-        name: jnp.asarray(value)
+        name: _as_array(name, value)
         for name, value in fields.items()
         if name not in ("threshold_state", "inner_state")
     }
     return (
         _skip_metrics(scalars) if "num_skipped" in scalars else _clip_metrics(scalars)
     )
+
+
+def _as_array(name: str, value: Any) -> jax.Array:
+    if value is None or isinstance(value, str | bytes):
+        raise TypeError(
+            f"opt_state has {name}={value!r}, but a scalar array is kept there. Pass "
+            "the state that init or the last update returned."
+        )
+    return jnp.asarray(value)
 
 
 def _skip_metrics(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
