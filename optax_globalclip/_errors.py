@@ -7,29 +7,27 @@ Arguments are examined after an error only, so that a call that succeeds costs n
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.core import Tracer
 
-_Args, _Result = ParamSpec("_Args"), TypeVar("_Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _EXAMINED = ("updates", "state", "max_norm", "use_norm", "ord")
 
 
-def explained(
-    **captured: Any,
-) -> Callable[[Callable[_Args, _Result]], Callable[_Args, _Result]]:
+def explained(**captured: Any) -> Callable[[_Function], _Function]:
     """Decorates a function so that errors about its arguments name an array of them.
 
     Args:
       **captured: what the function uses besides its arguments, by the caller's names.
     """
 
-    def decorate(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
@@ -42,7 +40,7 @@ def explained(
                 vars(cause)["_explained"] = True
                 raise cause from error
 
-        return call
+        return cast(_Function, call)
 
     return decorate
 
@@ -89,7 +87,7 @@ def _leaked(arrays: list[tuple[str, Any]]) -> Exception | None:
 
 def _is_valid(tracer: Any) -> bool:
     try:
-        tracer + 0
+        _ = tracer + 0
     except jax.errors.UnexpectedTracerError:
         return False
     except Exception:
