@@ -45,7 +45,9 @@ def explained(**captured: Any) -> Callable[[_Function], _Function]:
     return decorate
 
 
-def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
+def _arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:  # An argument is missing, which is what the error says.

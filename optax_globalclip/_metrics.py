@@ -81,7 +81,9 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 Fields = Mapping[str, Any]
 
 
-def _states(node: Any, path: tuple) -> Iterator[tuple[tuple, Fields]]:
+def _states(
+    node: Any, path: tuple[Any, ...]
+) -> Iterator[tuple[tuple[Any, ...], Fields]]:
     """The fields of our states, each with its path, an outer one before those in it."""
     for inner_path, leaf in jax.tree.leaves_with_path(node, is_leaf=_is_ours):
         if not _is_ours(leaf):
@@ -107,12 +109,12 @@ def _is_ours(node: object) -> bool:
 
 
 def _named(
-    found: list[tuple[tuple, Fields]], name: Callable[[tuple], str]
+    found: list[tuple[tuple[Any, ...], Fields]], name: Callable[[tuple[Any, ...]], str]
 ) -> dict[str, Fields]:
     return {name(path): fields for path, fields in found}
 
 
-def _name(path: tuple, *, simple: bool) -> str:
+def _name(path: tuple[Any, ...], *, simple: bool) -> str:
     return jax.tree_util.keystr(path, simple=simple, separator="/" if simple else "")
 
 

@@ -14,7 +14,7 @@ import contextvars
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -242,7 +242,9 @@ _KNOWN: contextvars.ContextVar[_Known | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def known_norm(leaves: Sequence[Leaf], ord: Scalar, norm: GlobalNorm) -> Iterator[None]:
+def known_norm(
+    leaves: Sequence[Leaf], ord: Scalar, norm: GlobalNorm
+) -> Generator[None, None, None]:
     """Lets ``found`` return this norm when it is asked for that of these arrays."""
     token = _KNOWN.set(_Known(leaves, ord, norm))
     try:
@@ -621,7 +623,7 @@ def _sums(groups: list[list[jax.Array]]) -> list[jax.Array]:
 
 
 def _each(
-    groups: list[list[Leaf]], function: Callable, *values: Sequence[Any]
+    groups: list[list[Leaf]], function: Callable[..., Any], *values: Sequence[Any]
 ) -> list[list[tuple[Axes, Any]]]:
     """The function of each array and of its group's values, beside the array's axes."""
     return [
@@ -661,7 +663,7 @@ def _tangents(
     groups: list[list[Leaf]],
     tangents: list[list[Leaf]],
     norms: list[GlobalNorm],
-    directions: Sequence[Callable],
+    directions: Sequence[Callable[..., Any]],
     more: Sequence[jax.Array] | None = None,
 ) -> list[GlobalNorm]:
     """The tangents of norms: the sums of products of directions with tangents.
@@ -675,7 +677,9 @@ def _tangents(
       more: what else to add to each.
     """
 
-    def slope(norm: GlobalNorm, direction: Callable, leaf: Leaf, tangent: Leaf):
+    def slope(
+        norm: GlobalNorm, direction: Callable[..., Any], leaf: Leaf, tangent: Leaf
+    ):
         along = direction(leaf.array, norm)
         parts = real_parts(tangent.array, norm.value.dtype)
         return add([jnp.sum(a * b) for a, b in zip(along, parts, strict=True)])

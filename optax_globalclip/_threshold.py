@@ -58,7 +58,9 @@ class Threshold(NamedTuple):
     ]
 
 
-MaxNorm = chex.Numeric | optax.Schedule | Threshold
+# Wider than optax.Schedule, in which a count cannot be compared with a number.
+Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
+MaxNorm = chex.Numeric | Schedule | Threshold
 
 
 def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:
@@ -114,7 +116,7 @@ def admitted(
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
 
 
-def _copy(path: tuple, leaf: Any) -> jax.Array:
+def _copy(path: tuple[Any, ...], leaf: Any) -> jax.Array:
     _check_array("init", path, leaf)
     if _is_key(leaf):
         return jax.device_put(leaf, may_alias=False)
@@ -138,7 +140,7 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
 
 
-def _check_array(function: str, path: tuple, leaf: Any) -> None:
+def _check_array(function: str, path: tuple[Any, ...], leaf: Any) -> None:
     """Raises if a leaf of the threshold's state is no array and no number."""
     if _is_key(leaf):
         return
@@ -177,7 +179,7 @@ def _like(proposed: ThresholdState, state: ThresholdState) -> ThresholdState:
     return jax.tree.map_with_path(_leaf_like, proposed, state)
 
 
-def _leaf_like(path: tuple, new: Any, old: Any) -> jax.Array:
+def _leaf_like(path: tuple[Any, ...], new: Any, old: Any) -> jax.Array:
     where = f"state{jax.tree_util.keystr(path)}"
     weak = not hasattr(new, "dtype") or getattr(new, "weak_type", False)
     _check_array("update", path, new)

@@ -183,7 +183,9 @@ def _update(leaves, state, norm, max_norm, formula, nonfinite):
 _compiled_update = jax.jit(_update, static_argnames="nonfinite")
 
 
-def _step(max_norm: MaxNorm | None, traced: Callable, compiled: Callable) -> Callable:
+def _step(
+    max_norm: MaxNorm | None, traced: Callable[..., Any], compiled: Callable[..., Any]
+) -> Callable[..., Any]:
     """The compiled function, unless it would call a function of the user's."""
     return traced if callable(max_norm) or isinstance(max_norm, Threshold) else compiled
 

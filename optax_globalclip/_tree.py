@@ -141,7 +141,7 @@ def is_sparse(leaf: object) -> bool:
     return isinstance(leaf, JAXSparse)
 
 
-def _split_unusual(updates: optax.Updates) -> tuple[list[Any], Callable]:
+def _split_unusual(updates: optax.Updates) -> tuple[list[Any], Callable[..., Any]]:
     """The same for a tree with sparse or float0 leaves, NumPy arrays or numbers."""
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
     leaves = [_unwrapped(leaf) for leaf in leaves]
@@ -204,7 +204,7 @@ def _is_names(node: object) -> TypeGuard[Axes | None]:
     )
 
 
-def _as_axes(path: tuple, names: object) -> Axes:
+def _as_axes(path: tuple[Any, ...], names: object) -> Axes:
     if isinstance(names, str):
         return (names,)
     if not _is_names(names):

@@ -166,8 +166,8 @@ def test_train_state_stands_for_the_state_of_the_clip(stats):
         state, grads, kept = step(state)
         assert_close(grads, expected)
         np.testing.assert_allclose(oracle.norm(grads), 0.25, 1e-6)
-    if stats:
-        np.testing.assert_array_equal(kept["amax_history"], [1e9] * 16)
+        if stats:
+            np.testing.assert_array_equal(kept["amax_history"], [1e9] * 16)
 
 
 def test_flat_checkpoint_is_converted_and_training_goes_on(tmp_path):
