@@ -17,14 +17,13 @@ import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
 from . import _cpu
-from ._checks import Scalar, as_ord
+from ._checks import Numeric, Scalar, as_ord
 from ._errors import explained
 from ._mesh import Axes, all_reduce, factor_of, is_local, on_shards, reduced
 from ._range import Range, add, fits, real_parts
@@ -49,7 +48,7 @@ _LARGE = 2**22
 
 @explained()
 def global_norm(
-    updates: optax.Updates, *, ord: chex.Numeric = 2, axis_name: AxisName = None
+    updates: optax.Updates, *, ord: Numeric = 2, axis_name: AxisName = None
 ) -> jax.Array:
     r"""The norm of all entries of a tree, taken as one long vector.
 
@@ -116,7 +115,7 @@ def global_norm(
 
 @explained()
 def leaf_norms(
-    updates: optax.Updates, *, ord: chex.Numeric = 2, axis_name: AxisName = None
+    updates: optax.Updates, *, ord: Numeric = 2, axis_name: AxisName = None
 ) -> optax.Updates:
     """The norm of each leaf by itself, to log layers or to find the bad one.
 

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import Scalar, as_scalar, check_count, check_number, check_static
+from ._checks import Numeric, Scalar, as_scalar, check_count, check_number, check_static
 from ._norm import GlobalNorm
 
 # The longest span of moving averages that a change of level is waited for.
@@ -60,7 +59,7 @@ class Threshold(NamedTuple):
 
 # Wider than optax.Schedule, in which a count cannot be compared with a number.
 Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
-MaxNorm = chex.Numeric | Schedule | Threshold
+MaxNorm = Numeric | Schedule | Threshold
 
 
 def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:

@@ -5,14 +5,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import NonFinite, as_ord, check_count, check_nonfinite
+from ._checks import NonFinite, Numeric, as_ord, check_count, check_nonfinite
 from ._clip import Clip, check_finite, clip_leaves, kept_or_zero, norm_given
 from ._errors import explained
 from ._mesh import replicated
@@ -67,7 +66,7 @@ class ClipByGlobalNormState(NamedTuple):
 def clip_by_global_norm(
     max_norm: MaxNorm | None,
     *,
-    ord: chex.Numeric = 2,
+    ord: Numeric = 2,
     nonfinite: NonFinite = "nan",
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -150,7 +149,7 @@ def clip_by_global_norm(
         state: Any,
         params: optax.Params | None = None,
         *,
-        use_norm: chex.Numeric | None = None,
+        use_norm: Numeric | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, ClipByGlobalNormState]:
         del params, extra_args
@@ -233,7 +232,7 @@ def skip_by_global_norm(
     inner: optax.GradientTransformation,
     max_norm: MaxNorm | None = None,
     *,
-    ord: chex.Numeric = 2,
+    ord: Numeric = 2,
     axis_name: AxisName = None,
     max_consecutive_skips: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from jax.experimental.sparse import BCOO, BCSR, JAXSparse, bcoo_sum_duplicates
 from ._mesh import Axes, is_typed, varying_axes
 from ._range import wide
 
-AxisName = str | Axes | chex.ArrayTree | None
+AxisName = str | Axes | Iterable[Any] | None  # The third is a tree prefix.
 
 _WITHOUT = (
     "Leave such leaves out with optax.masked or optax.partition, "
