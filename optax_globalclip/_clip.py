@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import checkify
 
 from . import _cpu
 from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfinite
@@ -172,6 +171,8 @@ def clip_leaves(
 def check_finite(clip: Clip, nonfinite: NonFinite) -> None:
     """Under the policy "error", adds a checkify check that all entries are finite."""
     if nonfinite == "error":
+        from jax.experimental import checkify
+
         checkify.check(
             clip.finite,
             "The updates have the global norm {norm}: an entry is inf or NaN. "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.sparse import BCOO, BCSR, JAXSparse, bcoo_sum_duplicates
 
 from ._mesh import Axes, is_typed, varying_axes
 from ._range import wide
@@ -92,7 +92,7 @@ def accumulator_dtype(arrays: Sequence[Any]) -> jnp.dtype:
 
 def values_of(array: Any) -> jax.Array:
     """The values that a sparse matrix stores; a dense array itself."""
-    return array.data if isinstance(array, BCOO | BCSR) else array
+    return array.data if _is_matrix(array) else array
 
 
 def with_values(array: Any, values: jax.Array) -> Any:
@@ -109,9 +109,11 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     Values at one index are summed in ``dtype``, unless the indices are unique. Indices
     outside the shape (JAX's padding) do not count.
     """
-    if not isinstance(array, BCOO | BCSR) or is_float0(array.indices):
+    if not _is_matrix(array) or is_float0(array.indices):
         # The cotangent of a sparse matrix has float0 in place of indices.
         return values_of(array)
+    from jax.experimental.sparse import BCOO, BCSR, bcoo_sum_duplicates
+
     matrix = _with_full_batches(array)
     counted = _stored(matrix)
     if isinstance(matrix, BCSR):
@@ -137,7 +139,15 @@ def is_float0(leaf: object) -> bool:
 
 def is_sparse(leaf: object) -> bool:
     """Whether the leaf is a sparse matrix, of whatever format."""
-    return isinstance(leaf, JAXSparse)
+    # No leaf is, unless something has imported this: the package itself does not.
+    sparse = sys.modules.get("jax.experimental.sparse")
+    return sparse is not None and isinstance(leaf, sparse.JAXSparse)
+
+
+def _is_matrix(leaf: object) -> bool:
+    """Whether the leaf is a sparse matrix of a format that has a norm here."""
+    sparse = sys.modules.get("jax.experimental.sparse")
+    return sparse is not None and isinstance(leaf, sparse.BCOO | sparse.BCSR)
 
 
 def _split_unusual(updates: optax.Updates) -> tuple[list[Any], Callable[..., Any]]:
@@ -172,7 +182,7 @@ def _stored(matrix: Any) -> jax.Array:
     """Which of the places for values hold one; BCSR's after ``indptr[-1]`` do not."""
     batch = matrix.shape[: matrix.n_batch]
     places = jnp.broadcast_to(jnp.arange(matrix.nse), (*batch, matrix.nse))
-    if not isinstance(matrix, BCSR):
+    if not hasattr(matrix, "indptr"):
         return places >= 0
     return places < matrix.indptr[..., -1:].astype(places.dtype)
 
@@ -225,7 +235,7 @@ def _unwrapped(leaf: Any) -> Any:
 
 
 def _has_norm(leaf: object) -> bool:
-    if is_sparse(leaf) and not isinstance(leaf, BCOO | BCSR):
+    if is_sparse(leaf) and not _is_matrix(leaf):
         return False
     if isinstance(leaf, type | jax.ShapeDtypeStruct):
         return False
@@ -264,7 +274,7 @@ def _no_norm(updates: optax.Updates) -> TypeError:
         if not is_float0(leaf) and not _has_norm(_unwrapped(leaf))
     )
     where = f"updates{jax.tree_util.keystr(path)}"
-    if is_sparse(leaf) and not isinstance(leaf, BCOO | BCSR):
+    if is_sparse(leaf) and not _is_matrix(leaf):
         return TypeError(
             f"{where} is a {type(leaf).__name__}, but sparse leaves are BCOO or BCSR. "
             "Pass jax.experimental.sparse.BCOO.fromdense of its todense()."
