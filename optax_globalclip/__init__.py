@@ -10,8 +10,6 @@
 5.0
 """
 
-from importlib.metadata import version as _version
-
 from ._clip import clip_updates as clip_updates
 from ._metrics import metrics as metrics
 from ._norm import global_norm as global_norm, leaf_norms as leaf_norms
@@ -27,4 +25,4 @@ from ._transform import (
     skip_by_global_norm as skip_by_global_norm,
 )
 
-__version__ = _version("optax_globalclip")
+__version__ = "0.1.0"

@@ -11,6 +11,8 @@ import numpy as np
 
 NonFinite = Literal["nan", "zero", "error"]
 Scalar = float | jax.Array
+# What may be passed for a scalar.
+Numeric = jax.Array | np.ndarray[Any, Any] | np.number[Any] | int | float
 
 
 def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
@@ -65,7 +67,7 @@ def as_ord(ord: Any) -> Scalar:
 
 def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
     """Raises if there is no such policy, or nothing that could carry it out."""
-    if nonfinite not in get_args(NonFinite):
+    if not isinstance(nonfinite, str) or nonfinite not in get_args(NonFinite):
         raise ValueError(
             f"nonfinite={nonfinite!r}: it is one of {', '.join(get_args(NonFinite))}."
         )

@@ -5,14 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import checkify
 
 from . import _cpu
-from ._checks import NonFinite, Scalar, as_ord, as_scalar, check_nonfinite
+from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfinite
+from ._errors import explained
 from ._mesh import factor_of, is_unreduced
 from ._norm import GlobalNorm, divide, formula_of, found, measure
 from ._range import wide
@@ -44,12 +43,13 @@ class Clip(NamedTuple):
     finite: jax.Array
 
 
+@explained()
 def clip_updates(
     updates: optax.Updates,
-    max_norm: chex.Numeric | None,
+    max_norm: Numeric | None,
     *,
-    use_norm: chex.Numeric | None = None,
-    ord: chex.Numeric = 2,
+    use_norm: Numeric | None = None,
+    ord: Numeric = 2,
     nonfinite: NonFinite = "nan",
     axis_name: AxisName = None,
 ) -> tuple[optax.Updates, jax.Array]:
@@ -171,6 +171,8 @@ def clip_leaves(
 def check_finite(clip: Clip, nonfinite: NonFinite) -> None:
     """Under the policy "error", adds a checkify check that all entries are finite."""
     if nonfinite == "error":
+        from jax.experimental import checkify
+
         checkify.check(
             clip.finite,
             "The updates have the global norm {norm}: an entry is inf or NaN. "

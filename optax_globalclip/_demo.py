@@ -159,7 +159,7 @@ def train(
 
 @nnx.jit
 def train_step(
-    network: Network, optimizer: nnx.Optimizer, batch: Digits
+    network: Network, optimizer: "nnx.Optimizer[Network]", batch: Digits
 ) -> tuple[jax.Array, jax.Array]:
     """One step; returns the loss, and the norm of the gradients before the clip."""
 

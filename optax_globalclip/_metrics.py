@@ -59,6 +59,11 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       clip_fraction: 1.0
       nonfinite_fraction: 0.0
     """
+    if isinstance(opt_state, optax.GradientTransformation):
+        raise TypeError(
+            "opt_state is a gradient transformation. Pass the state that its init or "
+            "update returned."
+        )
     found = list(_states(opt_state, ()))
     if len(found) == 1:
         return _metrics_of(found[0][1])
@@ -76,7 +81,9 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 Fields = Mapping[str, Any]
 
 
-def _states(node: Any, path: tuple) -> Iterator[tuple[tuple, Fields]]:
+def _states(
+    node: Any, path: tuple[Any, ...]
+) -> Iterator[tuple[tuple[Any, ...], Fields]]:
     """The fields of our states, each with its path, an outer one before those in it."""
     for inner_path, leaf in jax.tree.leaves_with_path(node, is_leaf=_is_ours):
         if not _is_ours(leaf):
@@ -102,12 +109,12 @@ def _is_ours(node: object) -> bool:
 
 
 def _named(
-    found: list[tuple[tuple, Fields]], name: Callable[[tuple], str]
+    found: list[tuple[tuple[Any, ...], Fields]], name: Callable[[tuple[Any, ...]], str]
 ) -> dict[str, Fields]:
     return {name(path): fields for path, fields in found}
 
 
-def _name(path: tuple, *, simple: bool) -> str:
+def _name(path: tuple[Any, ...], *, simple: bool) -> str:
     return jax.tree_util.keystr(path, simple=simple, separator="/" if simple else "")
 
 
@@ -115,13 +122,22 @@ def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
     # Arrays first: Flax NNX keeps each field in a Variable, which changes at the next
     # update.
     scalars = {
-        name: jnp.asarray(value)
+        name: _as_array(name, value)
         for name, value in fields.items()
         if name not in ("threshold_state", "inner_state")
     }
     return (
         _skip_metrics(scalars) if "num_skipped" in scalars else _clip_metrics(scalars)
     )
+
+
+def _as_array(name: str, value: Any) -> jax.Array:
+    if value is None or isinstance(value, str | bytes):
+        raise TypeError(
+            f"opt_state has {name}={value!r}, but a scalar array is kept there. Pass "
+            "the state that init or the last update returned."
+        )
+    return jnp.asarray(value)
 
 
 def _skip_metrics(state: dict[str, jax.Array]) -> dict[str, jax.Array]:

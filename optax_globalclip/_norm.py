@@ -13,17 +13,17 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
 from . import _cpu
-from ._checks import Scalar, as_ord
+from ._checks import Numeric, Scalar, as_ord
+from ._errors import explained
 from ._mesh import Axes, factor_of, is_local, on_shards, reduced
 from ._range import Range, add, fits, real_parts
 from ._tree import (
@@ -45,8 +45,9 @@ _LANES, _ROWS = 128, 8192
 _LARGE = 2**22
 
 
+@explained()
 def global_norm(
-    updates: optax.Updates, *, ord: chex.Numeric = 2, axis_name: AxisName = None
+    updates: optax.Updates, *, ord: Numeric = 2, axis_name: AxisName = None
 ) -> jax.Array:
     r"""The norm of all entries of a tree, taken as one long vector.
 
@@ -111,8 +112,9 @@ def global_norm(
     return measure(leaves, formula_of(as_ord(ord))).norm
 
 
+@explained()
 def leaf_norms(
-    updates: optax.Updates, *, ord: chex.Numeric = 2, axis_name: AxisName = None
+    updates: optax.Updates, *, ord: Numeric = 2, axis_name: AxisName = None
 ) -> optax.Updates:
     """The norm of each leaf by itself, to log layers or to find the bad one.
 
@@ -259,7 +261,9 @@ _KNOWN: contextvars.ContextVar[_Known | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def known_norm(leaves: Sequence[Leaf], ord: Scalar, norm: GlobalNorm) -> Iterator[None]:
+def known_norm(
+    leaves: Sequence[Leaf], ord: Scalar, norm: GlobalNorm
+) -> Generator[None, None, None]:
     """Lets ``found`` return this norm when it is asked for that of these arrays."""
     token = _KNOWN.set(_Known(leaves, ord, norm))
     try:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import Scalar, as_scalar, check_count, check_number, check_static
+from ._checks import Numeric, Scalar, as_scalar, check_count, check_number, check_static
 from ._norm import GlobalNorm
 
 # The longest span of moving averages that a change of level is waited for.
@@ -58,11 +57,21 @@ class Threshold(NamedTuple):
     ]
 
 
-MaxNorm = chex.Numeric | optax.Schedule | Threshold
+# Wider than optax.Schedule, in which a count cannot be compared with a number.
+Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
+MaxNorm = Numeric | Schedule | Threshold
 
 
 def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:
     """Checks ``max_norm``, and converts a number to a float."""
+    if isinstance(max_norm, Threshold):
+        for name, function in max_norm._asdict().items():
+            if not callable(function):
+                raise TypeError(
+                    f"Threshold.{name}={function!r} is no function. Pass "
+                    "Threshold(init, update), with init() and "
+                    "update(norm, state, count)."
+                )
     if max_norm is None or isinstance(max_norm, Threshold) or callable(max_norm):
         return max_norm
     return as_scalar("max_norm", max_norm)
@@ -76,7 +85,7 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
     if not isinstance(max_norm, Threshold):
         return None
     state = max_norm.init()
-    return jax.tree.map(_copy, state) if jax.tree.leaves(state) else None
+    return jax.tree.map_with_path(_copy, state) if jax.tree.leaves(state) else None
 
 
 def next_threshold(
@@ -89,7 +98,7 @@ def next_threshold(
     if isinstance(max_norm, Threshold):
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
         own = state if jax.tree.leaves(state) else max_norm.init()
-        threshold, proposed = max_norm.update(norm.norm, own, count)
+        threshold, proposed = _pair(max_norm.update(norm.norm, own, count))
         new_state = admitted(norm.norm, _like(proposed, own), own)
         kept = new_state if jax.tree.leaves(own) else None
         return norm, _returned("Threshold.update", threshold), kept
@@ -106,11 +115,42 @@ def admitted(
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
 
 
-def _copy(leaf: Any) -> jax.Array:
+def _copy(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+    _check_array("init", path, leaf)
+    if _is_key(leaf):
+        return jax.device_put(leaf, may_alias=False)
     # Not computed: ``jax_debug_infs`` objects to an inf that is.
     array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     dtype = jnp.result_type(leaf)
     return jax.device_put(array.astype(dtype), may_alias=False)
+
+
+def _pair(returned: Any) -> tuple[Any, ThresholdState]:
+    """What ``Threshold.update`` returned, if it is a pair."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise TypeError(
+            f"Threshold.update returned {type(returned).__name__}, but not a pair. "
+            "Return (threshold, state)."
+        )
+    return returned[0], returned[1]
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
+
+
+def _check_array(function: str, path: tuple[Any, ...], leaf: Any) -> None:
+    """Raises if a leaf of the threshold's state is no array and no number."""
+    if _is_key(leaf):
+        return
+    known = jax.Array | np.ndarray | np.generic | int | float | complex
+    known = isinstance(leaf, known) or hasattr(leaf, "__jax_array__")
+    # Objects, strings (S, U) and dates (m, M), of which JAX has no arrays.
+    if not known or np.dtype(getattr(leaf, "dtype", float)).kind in "OSUmM":
+        raise TypeError(
+            f"Threshold.{function} returned state{jax.tree_util.keystr(path)} of type "
+            f"{type(leaf).__name__}. Return a tree of arrays and numbers."
+        )
 
 
 def _returned(who: str, threshold: Any) -> Scalar:
@@ -118,6 +158,11 @@ def _returned(who: str, threshold: Any) -> Scalar:
         raise TypeError(
             f"{who} returned None as the threshold. Return a real scalar, or math.inf "
             "never to clip."
+        )
+    if isinstance(threshold, Threshold):
+        raise TypeError(
+            f"{who} returned a Threshold, so it is a function that makes one. Pass "
+            "what it returns, such as max_norm=zscore_threshold()."
         )
     return as_scalar("the threshold", threshold)
 
@@ -133,9 +178,10 @@ def _like(proposed: ThresholdState, state: ThresholdState) -> ThresholdState:
     return jax.tree.map_with_path(_leaf_like, proposed, state)
 
 
-def _leaf_like(path: tuple, new: Any, old: Any) -> jax.Array:
+def _leaf_like(path: tuple[Any, ...], new: Any, old: Any) -> jax.Array:
     where = f"state{jax.tree_util.keystr(path)}"
     weak = not hasattr(new, "dtype") or getattr(new, "weak_type", False)
+    _check_array("update", path, new)
     new, old = jnp.asarray(new), jnp.asarray(old)
     if new.shape != old.shape:
         raise ValueError(
@@ -147,7 +193,7 @@ def _leaf_like(path: tuple, new: Any, old: Any) -> jax.Array:
             f"Threshold.update returned {where} of {new.dtype} for one of {old.dtype}. "
             f"Return it .astype({str(old.dtype)!r}), or have init return {new.dtype}."
         )
-    return new.astype(old.dtype)
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
 
 
 class ZScoreState(NamedTuple):
@@ -183,6 +229,27 @@ class QuantileState(NamedTuple):
 
     recent_norms: jax.Array
     num_norms: jax.Array
+
+
+def _check_own(state: Any, own: Any) -> None:
+    """Raises if the state is that of another threshold."""
+    if getattr(state, "_fields", None) != own._fields:
+        raise TypeError(
+            f"threshold_state is a {type(state).__name__}, but this threshold keeps a "
+            f"{own.__name__} with the fields {', '.join(own._fields)}. Pass the state "
+            "that init returns, or one with threshold_state=None, to begin anew."
+        )
+
+
+def _check_window(state: QuantileState, window: int) -> None:
+    """Raises if the state is that of another window."""
+    shape = jnp.shape(state.recent_norms)
+    if shape != (window,):
+        raise ValueError(
+            f"threshold_state.recent_norms has shape {shape}, but window={window}. "
+            f"Pass the window that the state was made with, or a state with "
+            "threshold_state=None, to begin anew."
+        )
 
 
 def zscore_threshold(
@@ -264,6 +331,7 @@ def zscore_threshold(
         norm: jax.Array, state: ZScoreState, count: jax.Array
     ) -> tuple[jax.Array, ZScoreState]:
         del count
+        _check_own(state, ZScoreState)
         return _zscore_step(norm, state, z, weight, max(warmup_steps, 1))
 
     return Threshold(ZScoreState.initial, update)
@@ -378,6 +446,8 @@ def quantile_threshold(
         norm: jax.Array, state: QuantileState, count: jax.Array
     ) -> tuple[jax.Array, QuantileState]:
         del count
+        _check_own(state, QuantileState)
+        _check_window(state, window)
         places = below.astype(np.int32), share.astype(np.float32)
         return _quantile_step(norm, state, *places, warmup_steps)
 

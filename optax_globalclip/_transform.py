@@ -5,15 +5,15 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import NonFinite, as_ord, check_count, check_nonfinite
+from ._checks import NonFinite, Numeric, as_ord, check_count, check_nonfinite
 from ._clip import Clip, check_finite, clip_leaves, kept_or_zero, norm_given
+from ._errors import explained
 from ._mesh import replicated
 from ._norm import GlobalNorm, formula_of, known_norm, measure
 from ._threshold import (
@@ -66,7 +66,7 @@ class ClipByGlobalNormState(NamedTuple):
 def clip_by_global_norm(
     max_norm: MaxNorm | None,
     *,
-    ord: chex.Numeric = 2,
+    ord: Numeric = 2,
     nonfinite: NonFinite = "nan",
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,17 +143,19 @@ def clip_by_global_norm(
             )
         )
 
+    @explained(max_norm=max_norm, ord=ord)
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
         *,
-        use_norm: chex.Numeric | None = None,
+        use_norm: Numeric | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, ClipByGlobalNormState]:
         del params, extra_args
         if not isinstance(state, ClipByGlobalNormState):
             state = init_fn(None)
+        _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
         norm = norm_given(leaves, use_norm, order)
         update = _step(max_norm, _update, _compiled_update)
@@ -180,7 +182,9 @@ def _update(leaves, state, norm, max_norm, formula, nonfinite):
 _compiled_update = jax.jit(_update, static_argnames="nonfinite")
 
 
-def _step(max_norm: MaxNorm | None, traced: Callable, compiled: Callable) -> Callable:
+def _step(
+    max_norm: MaxNorm | None, traced: Callable[..., Any], compiled: Callable[..., Any]
+) -> Callable[..., Any]:
     """The compiled function, unless it would call a function of the user's."""
     return traced if callable(max_norm) or isinstance(max_norm, Threshold) else compiled
 
@@ -228,7 +232,7 @@ def skip_by_global_norm(
     inner: optax.GradientTransformation,
     max_norm: MaxNorm | None = None,
     *,
-    ord: chex.Numeric = 2,
+    ord: Numeric = 2,
     axis_name: AxisName = None,
     max_consecutive_skips: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -308,6 +312,7 @@ def skip_by_global_norm(
         )
         return SkipByGlobalNormState(**scalars, inner_state=inner.init(params))
 
+    @explained(max_norm=max_norm, ord=ord)
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -316,6 +321,7 @@ def skip_by_global_norm(
     ) -> tuple[optax.Updates, SkipByGlobalNormState]:
         if not isinstance(state, SkipByGlobalNormState):
             state = init_fn(updates if params is None else params)
+        _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
         norm = norm_given(leaves, extra_args.get("use_norm"), order)
         judge = _step(max_norm, _judge, _compiled_judge)
@@ -328,12 +334,13 @@ def skip_by_global_norm(
             max_consecutive_skips,
         )
         with known_norm(leaves, order, norm):
-            new_updates, inner_state = run_inner(
+            returned = run_inner(
                 join([leaf.array for leaf in leaves]),
                 state.inner_state,
                 params,
                 **extra_args,
             )
+        new_updates, inner_state = _pair_of_arrays(returned)
         _check_like(inner_state, state.inner_state)
         new_updates, inner_state = _select(
             taken, new_updates, inner_state, state.inner_state
@@ -434,6 +441,34 @@ def _array_if(taken: jax.Array, array: Any) -> Any:
     return with_values(array, jnp.where(taken, values, jnp.zeros_like(values)))
 
 
+def _pair_of_arrays(returned: Any) -> tuple[Any, Any]:
+    """What the inner update returned, checked to be updates and a state."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise TypeError(
+            f"The inner update returned {type(returned).__name__}, but not a pair. "
+            "Pass an inner whose update returns (updates, state)."
+        )
+    updates, inner_state = returned
+    if not all(map(_is_array, jax.tree.leaves(returned))):
+        named = {"updates": updates, "inner_state": inner_state}
+        raise next(
+            TypeError(
+                f"The inner update returned {name}{jax.tree_util.keystr(path)} of type "
+                f"{type(leaf).__name__}, but every leaf of both must be an array. Pass "
+                "an inner whose init and update return arrays."
+            )
+            for name, tree in named.items()
+            for path, leaf in jax.tree.leaves_with_path(tree)
+            if not _is_array(leaf)
+        )
+    return updates, inner_state
+
+
+def _is_array(leaf: Any) -> bool:
+    array = isinstance(leaf, jax.Array) or hasattr(leaf, "dtype")
+    return array or isinstance(leaf, int | float | complex)
+
+
 def _check_like(new_state: Any, state: Any) -> None:
     """Raises if the inner state has another structure or other shapes than before."""
     before, after = jax.tree.structure(state), jax.tree.structure(new_state)
@@ -451,6 +486,25 @@ def _check_like(new_state: Any, state: Any) -> None:
                 f"The inner update returned inner_state{jax.tree_util.keystr(path)} of "
                 f"shape {jnp.shape(new)} for one of {jnp.shape(old)}. Pass the state "
                 "that inner.init returns, and an inner that keeps its shapes."
+            )
+
+
+def _check_scalars(state: ClipByGlobalNormState | SkipByGlobalNormState) -> None:
+    """Raises if a field of the state is no scalar, as in a batch of states."""
+    for name, value in state._asdict().items():
+        if name in ("threshold_state", "inner_state"):
+            continue
+        if not _is_array(value):
+            raise TypeError(
+                f"state.{name} is {value!r}, of type {type(value).__name__}, but a "
+                "scalar array is kept there. Pass the state that init or the last "
+                "update returned, or None to begin anew."
+            )
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"state.{name} has shape {jnp.shape(value)}, but it is a scalar. Pass "
+                "the state of one optimizer; for a batch of them, call update in "
+                "jax.vmap or jax.pmap."
             )
 
 

@@ -2,19 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.experimental.sparse import BCOO, BCSR, JAXSparse, bcoo_sum_duplicates
 
 from ._mesh import Axes, is_typed, varying_axes
 from ._range import wide
 
-AxisName = str | Axes | chex.ArrayTree | None
+AxisName = str | Axes | Iterable[Any] | None  # The third is a tree prefix.
 
 _WITHOUT = (
     "Leave such leaves out with optax.masked or optax.partition, "
@@ -92,7 +92,7 @@ def accumulator_dtype(arrays: Sequence[Any]) -> jnp.dtype:
 
 def values_of(array: Any) -> jax.Array:
     """The values that a sparse matrix stores; a dense array itself."""
-    return array.data if isinstance(array, BCOO | BCSR) else array
+    return array.data if _is_matrix(array) else array
 
 
 def with_values(array: Any, values: jax.Array) -> Any:
@@ -109,9 +109,11 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     Values at one index are summed in ``dtype``, unless the indices are unique. Indices
     outside the shape (JAX's padding) do not count.
     """
-    if not isinstance(array, BCOO | BCSR) or is_float0(array.indices):
+    if not _is_matrix(array) or is_float0(array.indices):
         # The cotangent of a sparse matrix has float0 in place of indices.
         return values_of(array)
+    from jax.experimental.sparse import BCOO, BCSR, bcoo_sum_duplicates
+
     matrix = _with_full_batches(array)
     counted = _stored(matrix)
     if isinstance(matrix, BCSR):
@@ -137,10 +139,18 @@ def is_float0(leaf: object) -> bool:
 
 def is_sparse(leaf: object) -> bool:
     """Whether the leaf is a sparse matrix, of whatever format."""
-    return isinstance(leaf, JAXSparse)
+    # No leaf is, unless something has imported this: the package itself does not.
+    sparse = sys.modules.get("jax.experimental.sparse")
+    return sparse is not None and isinstance(leaf, sparse.JAXSparse)
 
 
-def _split_unusual(updates: optax.Updates) -> tuple[list[Any], Callable]:
+def _is_matrix(leaf: object) -> bool:
+    """Whether the leaf is a sparse matrix of a format that has a norm here."""
+    sparse = sys.modules.get("jax.experimental.sparse")
+    return sparse is not None and isinstance(leaf, sparse.BCOO | sparse.BCSR)
+
+
+def _split_unusual(updates: optax.Updates) -> tuple[list[Any], Callable[..., Any]]:
     """The same for a tree with sparse or float0 leaves, NumPy arrays or numbers."""
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
     leaves = [_unwrapped(leaf) for leaf in leaves]
@@ -172,7 +182,7 @@ def _stored(matrix: Any) -> jax.Array:
     """Which of the places for values hold one; BCSR's after ``indptr[-1]`` do not."""
     batch = matrix.shape[: matrix.n_batch]
     places = jnp.broadcast_to(jnp.arange(matrix.nse), (*batch, matrix.nse))
-    if not isinstance(matrix, BCSR):
+    if not hasattr(matrix, "indptr"):
         return places >= 0
     return places < matrix.indptr[..., -1:].astype(places.dtype)
 
@@ -203,7 +213,7 @@ def _is_names(node: object) -> TypeGuard[Axes | None]:
     )
 
 
-def _as_axes(path: tuple, names: object) -> Axes:
+def _as_axes(path: tuple[Any, ...], names: object) -> Axes:
     if isinstance(names, str):
         return (names,)
     if not _is_names(names):
@@ -225,14 +235,27 @@ def _unwrapped(leaf: Any) -> Any:
 
 
 def _has_norm(leaf: object) -> bool:
-    if is_sparse(leaf) and not isinstance(leaf, BCOO | BCSR):
+    if is_sparse(leaf) and not _is_matrix(leaf):
         return False
-    return _is_inexact(getattr(leaf, "dtype", type(leaf)))
+    if isinstance(leaf, type | jax.ShapeDtypeStruct):
+        return False
+    try:
+        return _is_inexact(getattr(leaf, "dtype", type(leaf)))
+    except TypeError:  # The dtype of another framework.
+        return False
 
 
 @functools.cache
 def _is_inexact(dtype: Any) -> bool:
-    return dtype in (float, complex) or jnp.issubdtype(dtype, jnp.inexact)
+    if dtype in (float, complex):
+        return True
+    return jnp.issubdtype(dtype, jnp.inexact) and not _is_extended(dtype)
+
+
+def _is_extended(dtype: Any) -> bool:
+    """Whether the dtype is a long double, which JAX has no arrays of."""
+    extended = np.dtype(np.longdouble), np.dtype(np.clongdouble)
+    return dtype in extended and dtype not in (np.float64, np.complex128)
 
 
 def _as_array(leaf: Any) -> jax.Array:
@@ -251,17 +274,43 @@ def _no_norm(updates: optax.Updates) -> TypeError:
         if not is_float0(leaf) and not _has_norm(_unwrapped(leaf))
     )
     where = f"updates{jax.tree_util.keystr(path)}"
-    if is_sparse(leaf) and not isinstance(leaf, BCOO | BCSR):
+    if is_sparse(leaf) and not _is_matrix(leaf):
         return TypeError(
             f"{where} is a {type(leaf).__name__}, but sparse leaves are BCOO or BCSR. "
             "Pass jax.experimental.sparse.BCOO.fromdense of its todense()."
         )
-    if hasattr(leaf, "dtype"):
+    if hasattr(leaf, "dtype") and not isinstance(leaf, type):
         shape = ",".join(map(str, getattr(leaf, "shape", ())))
         what = f"{leaf.dtype}[{shape}]"
+        if remedy := _remedy(leaf):
+            return TypeError(f"{where} is {what}, {remedy}")
     else:
         what = f"{leaf!r}, of type {type(leaf).__name__}"
     return TypeError(
         f"{where} is {what}, but a global norm takes float or complex arrays. "
         f"{_WITHOUT}"
     )
+
+
+def _remedy(leaf: Any) -> str | None:
+    """What to do about a leaf that is an array, but none of JAX or NumPy."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return (
+            "but abstract: it has no entries. Pass it through jax.eval_shape of this "
+            "function."
+        )
+    try:
+        extended = _is_extended(np.dtype(leaf.dtype))
+    except TypeError:
+        extended = False
+        if not isinstance(leaf, jax.Array):
+            return (
+                f"a {type(leaf).__module__}.{type(leaf).__name__}, but a global norm "
+                "takes arrays of JAX or NumPy. Pass jax.dlpack.from_dlpack of it."
+            )
+    if extended:
+        return (
+            "which JAX has no arrays of. Pass it .astype of numpy.float64 or "
+            "numpy.complex128."
+        )
+    return None

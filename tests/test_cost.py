@@ -26,7 +26,7 @@ from optax_globalclip import (
 
 # Nothing but the memory depends on it, which is then that of optax's clip.
 fuses_sums = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="XLA on CPU wrote the squares of a sum out"
+    not oracle.RECENT_JAX, reason="XLA on CPU wrote the squares of a sum out"
 )
 
 

@@ -20,7 +20,11 @@ dtypes = pytest.mark.parametrize("dtype", sorted(oracle.FLOATS))
 ords = pytest.mark.parametrize("ord", ORDS)
 
 
-def assert_norm(tree, tolerance=5e-7, **options):
+# The largest relative error of a norm.
+SUMMED = 5e-7 if oracle.RECENT_JAX else 5e-6
+
+
+def assert_norm(tree, tolerance=SUMMED, **options):
     expected = oracle.norm(tree, options.get("ord", 2))
     np.testing.assert_allclose(float(global_norm(tree, **options)), expected, tolerance)
 
@@ -75,7 +79,7 @@ def test_equal_entries(shape, entry, dtype):
     # Rounding errors of one sign, which a sum one after the other piles up.
     leaf = jnp.full(shape, entry, dtype)
     assert_norm(leaf)
-    np.testing.assert_allclose(float(leaf_norms(leaf)), oracle.norm(leaf), 5e-7)
+    np.testing.assert_allclose(float(leaf_norms(leaf)), oracle.norm(leaf), SUMMED)
 
 
 def test_large_beside_small_entries():
