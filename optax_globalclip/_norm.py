@@ -285,13 +285,13 @@ def _l2_norm(leaves: list[Leaf]) -> GlobalNorm:
 
 @_l2_norm.defjvp
 def _l2_norm_jvp(primals, tangents):
-    (leaves,) = primals
+    (leaves,), (dots,) = primals, tangents
     norm = _l2_norm(leaves)
 
     def direction(array: jax.Array) -> list[jax.Array]:
         return [divide(part, norm) for part in real_parts(array, norm.value.dtype)]
 
-    return norm, _tangent(leaves, *tangents, norm, direction)
+    return norm, _tangent(leaves, dots, norm, direction)
 
 
 def _sums_on_device(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
@@ -487,7 +487,7 @@ def _max_norm(leaves: list[Leaf]) -> GlobalNorm:
 
 @_max_norm.defjvp
 def _max_norm_jvp(primals, tangents):
-    (leaves,) = primals
+    (leaves,), (dots,) = primals, tangents
     norm = _max_norm(leaves)
 
     def ties(array: jax.Array) -> jax.Array:
@@ -500,7 +500,7 @@ def _max_norm_jvp(primals, tangents):
         weight = ties(array) / count
         return [weight * sign for sign in _signs(array, norm)]
 
-    return norm, _tangent(leaves, *tangents, norm, direction)
+    return norm, _tangent(leaves, dots, norm, direction)
 
 
 def _modulus(parts: Sequence[jax.Array]) -> jax.Array:
