@@ -465,8 +465,7 @@ def _pair_of_arrays(returned: Any) -> tuple[Any, Any]:
 
 
 def _is_array(leaf: Any) -> bool:
-    array = isinstance(leaf, jax.Array) or hasattr(leaf, "dtype")
-    return array or isinstance(leaf, int | float | complex)
+    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
 
 
 def _check_like(new_state: Any, state: Any) -> None:
