@@ -29,6 +29,7 @@ from optax_globalclip import clip_updates
 
 from . import command, intervals, temporal_order_figure
 from .__main__ import RESULTS, versions
+from .recurrent import last_hidden
 
 UNITS = 50
 BATCH_SIZE = 20
@@ -203,44 +204,6 @@ def draw(key: jax.Array, size: int, length: int) -> Batch:
     return Batch(symbols, first + 2 * second)
 
 
-@jax.custom_vjp
-def last_hidden(recur: jax.Array, read: jax.Array) -> jax.Array:
-    """The recurrence ``h = tanh(h @ recur + read[t])`` over all t, from zeros.
-
-    With a gradient written out, which gives the recurrent matrix its gradient in one
-    product for all steps. The gradient of ``scan`` takes one small product a step, and
-    a step of training twice as long.
-    """
-    return _all_hidden(recur, read)[-1]
-
-
-def _all_hidden(recur: jax.Array, read: jax.Array) -> jax.Array:
-    def step(hidden: jax.Array, read: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = jnp.tanh(hidden @ recur + read)
-        return hidden, hidden
-
-    return jax.lax.scan(step, jnp.zeros_like(read[0]), read)[1]
-
-
-def _forward(recur, read):
-    hidden = _all_hidden(recur, read)
-    return hidden[-1], (recur, hidden)
-
-
-def _backward(kept, cotangent):
-    recur, hidden = kept
-
-    def step(cotangent, hidden):
-        before_tanh = cotangent * (1 - hidden * hidden)
-        return before_tanh @ recur.T, before_tanh
-
-    _, before_tanh = jax.lax.scan(step, cotangent, hidden, reverse=True)
-    return jnp.einsum("tbi,tbj->ij", hidden[:-1], before_tanh[1:]), before_tanh
-
-
-last_hidden.defvjp(_forward, _backward)
-
-
 def logits_of(params: Params, symbols: jax.Array) -> jax.Array:
     """[length, batch] to [batch, 4]."""
     read = jax.nn.one_hot(symbols, 6) @ params["read"]
@@ -266,9 +229,7 @@ def summarized(networks: list[Trained]) -> list[dict[str, Any]]:
     groups: dict[tuple[int, str], list[Trained]] = {}
     for each in networks:
         groups.setdefault((each.length, each.method), []).append(each)
-    return [
-        _row(length, method, found) for (length, method), found in groups.items()
-    ]
+    return [_row(length, method, found) for (length, method), found in groups.items()]
 
 
 def _row(length: int, method: str, networks: list[Trained]) -> dict[str, Any]:
