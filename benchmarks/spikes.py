@@ -100,6 +100,7 @@ class Run(NamedTuple):
     norms: jax.Array
 
 
+Params = Any  # A dict of arrays.
 # By setting and kind of bad batches, a run for each seed.
 Runs = dict[tuple[Setting, str], list[Run]]
 
@@ -195,7 +196,8 @@ def _train(
     def step(carry, inputs):
         params, opt_state = carry
         key, fault = inputs
-        grads = jax.grad(loss_of)(params, drawn(key, train_set, fault), fault.factor)
+        images, labels = drawn(key, train_set, fault)
+        grads = jax.grad(loss_of)(params, images, labels, fault.factor)
         updates, opt_state = tx.update(grads, opt_state, params)
         bad = fault.nan | fault.random | (fault.factor != 1)
         new = optax.apply_updates(params, updates)
@@ -207,7 +209,7 @@ def _train(
     (params, opt_state), norms = jax.lax.scan(step, carry, (keys, faults))
     right = logits_of(params, test_set.images).argmax(axis=1) == test_set.labels
     logs = metrics(opt_state)
-    touched = logs.get("skip_fraction", logs.get("clip_fraction"))
+    touched = logs["skip_fraction" if method == "skip" else "clip_fraction"]
     return Run(right.mean(), touched, norms)
 
 
@@ -247,23 +249,24 @@ def faults(kind: str, steps: int, seed: int) -> Faults:
 @functools.cache
 def digits(seed: int) -> tuple[Digits, Digits]:
     """The demo's digits to train and to test on, as sequences of some pixels each."""
-    return tuple(
+    train_set, test_set = (
         Digits(each.images.reshape(len(each.images), -1, PIXELS), each.labels)
         for each in load_sequences(seed)
     )
+    return train_set, test_set
 
 
-def drawn(key: jax.Array, train_set: Digits, fault: Faults) -> Digits:
-    """One batch, spoiled as the fault says."""
+def drawn(
+    key: jax.Array, train_set: Digits, fault: Faults
+) -> tuple[jax.Array, jax.Array]:
+    """Images and labels of one batch, spoiled as the fault says."""
     keys = jax.random.split(key)
     chosen = jax.random.randint(keys[0], (BATCH_SIZE,), 0, len(train_set.labels))
     images = jnp.asarray(train_set.images)[chosen]
     labels = jnp.asarray(train_set.labels, jnp.int32)[chosen]
     wrong = jax.random.randint(keys[1], (BATCH_SIZE,), 0, 10)
-    return Digits(
-        images.at[0, 0, 0].set(jnp.where(fault.nan, jnp.nan, images[0, 0, 0])),
-        jnp.where(fault.random, wrong, labels),
-    )
+    first = jnp.where(fault.nan, jnp.nan, images[0, 0, 0])
+    return images.at[0, 0, 0].set(first), jnp.where(fault.random, wrong, labels)
 
 
 def initial(seed: int) -> dict[str, np.ndarray]:
@@ -279,7 +282,7 @@ def initial(seed: int) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in params.items()}
 
 
-def logits_of(params: dict[str, jax.Array], images: jax.typing.ArrayLike) -> jax.Array:
+def logits_of(params: Params, images: jax.typing.ArrayLike) -> jax.Array:
     """[batch, length, pixels] to [batch, 10]."""
     read = jnp.asarray(images).swapaxes(0, 1) @ params["read"]
     hidden = last_hidden(params["recur"], read + params["hidden_bias"][None, None])
@@ -287,11 +290,11 @@ def logits_of(params: dict[str, jax.Array], images: jax.typing.ArrayLike) -> jax
 
 
 def loss_of(
-    params: dict[str, jax.Array], batch: Digits, factor: jax.Array
+    params: Params, images: jax.Array, labels: jax.Array, factor: jax.Array
 ) -> jax.Array:
     """The mean cross-entropy, times the factor."""
-    logits = logits_of(params, batch.images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    logits = logits_of(params, images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return factor * losses.mean()
 
 

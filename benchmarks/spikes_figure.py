@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 import matplotlib.axes
-import matplotlib.colors
+import matplotlib.patches
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -109,7 +109,9 @@ def _heat_map(axes: matplotlib.axes.Axes, rows: list[dict[str, Any]]) -> None:
         axes.text(x, y, number, ha="center", va="center", color=colour, fontsize=9)
         if row["chosen"]:
             corner = (x - 0.46, y - 0.46)
-            frame = plt.Rectangle(corner, 0.92, 0.92, fill=False, ec="#d1242f", lw=2.5)
+            frame = matplotlib.patches.Rectangle(
+                corner, 0.92, 0.92, fill=False, ec="#d1242f", lw=2.5
+            )
             axes.add_patch(frame)
     names = ["" if value is None else f"{value:g}" for value in values]
     axes.set_xticks(range(len(values)), names)

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def train_all(
                 if network not in done:
                     advance = functools.partial(progress.advance, task, CHECK_EVERY)
                     done[network] = train(*network, steps, advance)
-                    command.write(list(done.values()), part)
+                    part.write_text(json.dumps(list(done.values())))
                 progress.update(task, completed=(i + 1) * steps)
     return [
         done[network] for network in itertools.product(lengths, METHODS, range(seeds))
@@ -180,7 +181,7 @@ def _tested(params, step, length, size):
 
 
 def updated(
-    params: Params, batch: Batch, max_norm: jax.typing.ArrayLike
+    params: Params, batch: Batch, max_norm: chex.Numeric
 ) -> tuple[Params, jax.Array]:
     """One step of SGD, and the norm of the gradients before the clip."""
     updates, norm = clip_updates(jax.grad(loss_of)(params, batch), max_norm)

@@ -65,6 +65,7 @@ def test_a_network_that_succeeds_is_trained_no_further(quick, monkeypatch):
     found = temporal_order.train(10, "clipped", 0, 80, lambda: advanced.append(1))
     assert len(advanced) == 1
     assert found.solved_at == 20
+    assert found.error is not None
     assert found.error < 1
     assert found.largest_norm > 0
 
@@ -129,4 +130,5 @@ def test_table_and_figure(quick, tmp_path, capsys):
 def test_learns_the_shortest_sequences():
     found = temporal_order.train(10, "clipped", 0, 3000, lambda: None)
     assert 0 < found.solved_at <= 3000
+    assert found.error is not None
     assert found.error < temporal_order.SUCCESS
