@@ -411,13 +411,15 @@ def _setting(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    runs = len(row["accuracies"])
-    lost = f"{row['lost']} of {runs} lost" if row["lost"] else ""
+    """The mean with its interval, or without one where runs are lost."""
+    lost = f"{row['lost']} of {len(row['accuracies'])} lost"
     if row["accuracy"] is None:
         return lost
+    mean = f"{100 * row['accuracy']:.1f}"
+    if row["lost"]:
+        return f"{lost}, else {mean}"
     low, high = row["accuracy_interval"]
-    mean = f"{100 * row['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{mean}, {lost}" if lost else mean
+    return f"{mean} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
         for place, method in enumerate(methods):
             _dots(axes, place, found[method], style.COLOURS[method])
         axes.set(xscale="log", xlim=(0.012, 1.3))
-        axes.axvspan(0.8, 1.3, color=style.FAINT, lw=0)
+        axes.axvspan(0.8, 1.3, color=style.FAINT, lw=0, zorder=0)
         axes.set_xticks([0.02, 0.05, 0.2, 0.9], ["2%", "5%", "20%", "lost"])
         axes.set_xticks([], minor=True)
     first = panels[0, 0]
@@ -60,18 +60,14 @@ def _dots(
     errors = 1 - np.array(row["accuracies"])
     beside = np.linspace(-0.22, 0.22, len(errors))
     axes.scatter(errors, place + beside, s=10, color=colour, lw=0)
-    if row["accuracy_interval"]:
+    if row["lost"]:
+        text = f"{row['lost']} of {len(errors)} lost"
+        where = dict(ha="right", va="center", color=colour)
+        axes.text(0.74, place, text, where)
+    else:
         # An interval may end beyond no error at all, which a log scale cannot show.
         low, high = (max(1 - each, 1e-3) for each in row["accuracy_interval"])
         axes.plot([low, high], [place, place], color=colour, lw=2.5)
-    if row["lost"]:
-        axes.annotate(
-            f"{row['lost']} of {len(errors)}",
-            (0.75, place),
-            ha="right",
-            va="center",
-            color=colour,
-        )
 
 
 @style.applied
