@@ -40,6 +40,7 @@ def draw(directory: pathlib.Path) -> None:
         for axes, metric in zip(line, metrics, strict=True):
             axes.set_title(f"{METRICS[metric][0]}, {target}")
             _panel(axes, rows, metric)
+            axes.tick_params(labelleft=axes is line[0])
     figure.supxlabel(
         "added to an AdamW step of GPT-2 small, float32: compiled, not measured",
         color=style.TEXT,
