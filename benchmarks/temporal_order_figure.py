@@ -27,7 +27,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
             method,
             (lengths[-1], shares[-1]),
             # Apart, also where both lines end at one point.
-            (9, 14 * i - 7),
+            (9, 12 * i),
             textcoords="offset points",
             color=colour,
             va="center",
