@@ -4,85 +4,70 @@ import json
 import pathlib
 from typing import Any
 
-import matplotlib
 import matplotlib.axes
+import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
+from . import style
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
-
-from .figure import COLORS, LABELS  # noqa: E402
-
-CASES = {
-    "AdamW,\nfloat32": ("added to AdamW", "float32"),
-    "AdamW,\nbfloat16": ("added to AdamW", "bfloat16"),
-    "whole\ntraining step": ("whole training step", "float32"),
-}
-CLIPS = ("by hand", "optax", "ours")
+CASE = ("added to AdamW", "float32")
+CLIPS = ("optax", "by hand", "ours")
+# By metric: the title, the unit of what is drawn, and how it is written.
 METRICS = {
-    "hbm_gb": ("HBM traffic, GB", 1, "{:.2f}"),
-    "kernels": ("kernels", 1, "{:.0f}"),
-    "cycles": ("million cycles", 1e-6, "{:.2f}"),
+    "kernels": ("Kernels", 1, "{:.0f}"),
+    "hbm_gb": ("Memory traffic, GB", 1, "{:.2f}"),
+    "cycles": ("Million cycles", 1e-6, "{:.2f}"),
 }
 TARGETS = ("v5e", "v5p", "v6e", "h100")
 
-Rows = dict[tuple[str, str, str], dict[str, Any]]
+Rows = dict[str, dict[str, Any]]
 
 
+@style.applied
 def draw(directory: pathlib.Path) -> None:
     """Draws all results that lie there, to ``compiled.png`` beside them."""
     paths = [directory / f"compiled-{name}.json" for name in TARGETS]
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
-    figure, axes = plt.subplots(
-        len(METRICS),
-        len(results),
-        figsize=(max(6.5, 0.5 + 3.4 * len(results)), 7.2),
+    found = {result["target"]: _rows(result) for result in results}
+    metrics = [m for m in METRICS if any(_known(rows, m) for rows in found.values())]
+    figure, panels = plt.subplots(
+        len(found),
+        len(metrics),
+        figsize=(4.2 * len(metrics), 0.9 + 1.35 * len(found)),
+        sharex="col",
         squeeze=False,
-        constrained_layout=True,
-        sharey="row",
     )
-    for column, result in zip(axes.T, results, strict=True):
-        rows = {(r["case"], r["dtype"], r["contender"]): r for r in result["rows"]}
-        column[0].set_title(result["target"])
-        for axis, metric in zip(column, METRICS, strict=True):
-            _panel(axis, rows, metric)
-    for axis, (label, _, _) in zip(axes[:, 0], METRICS.values(), strict=True):
-        axis.set_ylabel(label)
-    bars = [Patch(color=COLORS[clip], label=LABELS.get(clip, clip)) for clip in CLIPS]
-    figure.legend(handles=bars, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(
-        "What clipping adds to steps of GPT-2 small: compiled, not measured"
+    for line, (target, rows) in zip(panels, found.items(), strict=True):
+        for axes, metric in zip(line, metrics, strict=True):
+            axes.set_title(f"{METRICS[metric][0]}, {target}")
+            _panel(axes, rows, metric)
+            axes.tick_params(labelleft=axes is line[0])
+    figure.supxlabel(
+        "added to an AdamW step of GPT-2 small, float32: compiled, not measured",
+        color=style.TEXT,
+        fontsize=10,
     )
-    figure.savefig(directory / "compiled.png", dpi=110)
-    plt.close(figure)
+    style.save(figure, directory / "compiled.png")
 
 
-def _panel(axis: matplotlib.axes.Axes, rows: Rows, metric: str) -> None:
-    """A bar for each clip in each case, labelled with its height."""
-    _, unit, style = METRICS[metric]
-    for i, clip in enumerate(CLIPS):
-        heights = [_added(rows, *case, clip, metric) for case in CASES.values()]
-        places = [
-            place + 0.27 * (i - 1)
-            for place, height in enumerate(heights)
-            if height is not None
-        ]
-        heights = [height * unit for height in heights if height is not None]
-        bars = axis.bar(places, heights, 0.25, color=COLORS[clip])
-        axis.bar_label(bars, [style.format(height) for height in heights], fontsize=7)
-    axis.set_xticks(range(len(CASES)), list(CASES), fontsize=8)
-    axis.set_xlim(-0.5, len(CASES) - 0.5)
-    axis.margins(y=0.12)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.spines[["top", "right"]].set_visible(False)
-    if not any(row[metric] is not None for row in rows.values()):
-        axis.text(0.5, 0.5, "no estimate", transform=axis.transAxes, ha="center")
+def _rows(result: dict[str, Any]) -> Rows:
+    """The case's rows, by contender."""
+    rows = result["rows"]
+    return {r["contender"]: r for r in rows if (r["case"], r["dtype"]) == CASE}
 
 
-def _added(rows: Rows, case: str, dtype: str, clip: str, metric: str) -> float | None:
-    """How much more than without a clip, where both were compiled."""
-    without, with_ = (rows.get((case, dtype, name)) for name in ("none", clip))
-    if not without or not with_ or without[metric] is None:
-        return None
-    return with_[metric] - without[metric]
+def _known(rows: Rows, metric: str) -> bool:
+    """Whether the compiler gives this metric for this target."""
+    return "none" in rows and rows["none"][metric] is not None
+
+
+def _panel(axes: matplotlib.axes.Axes, rows: Rows, metric: str) -> None:
+    """A bar for each clip: how much more than without one."""
+    if not _known(rows, metric):
+        axes.text(0.5, 0.5, "no estimate", transform=axes.transAxes, ha="center")
+        axes.set_axis_off()
+        return
+    _, unit, written = METRICS[metric]
+    clips = [clip for clip in CLIPS if clip in rows]
+    base = rows["none"][metric]
+    added = {clip: (rows[clip][metric] - base) * unit for clip in clips}
+    style.bars(axes, added, written)

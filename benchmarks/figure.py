@@ -1,55 +1,55 @@
-"""The figure of one machine's results."""
+"""The figure of one machine's results: what the clip adds to an AdamW step."""
 
 import pathlib
 from typing import Any
 
-import matplotlib
 import matplotlib.axes
+import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
+from . import style
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+CASE = "added to AdamW"
+DTYPES = ("float32", "bfloat16")
+CLIPS = ("optax", "by hand", "ours")
 
-COLORS = {
-    "floor": "#2b2b2b",
-    "by hand": "#E69F00",
-    "optax": "#9aa5b1",
-    "ours": "#0072B2",
-}
-LABELS = {"ours": "optax_globalclip", "by hand": "five lines by hand"}
+Times = dict[tuple[str, str], float]
 
 
+@style.applied
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws what clipping adds to an AdamW step, and what it costs alone."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    rows = results["rows"]
-    added = [row for row in rows if row["case"] == "added to AdamW"]
-    bars(axes[0], added, "added_milliseconds")
-    axes[0].set(title="Added to an AdamW step, GPT-2 small", ylabel="ms")
-    alone = [row for row in rows if row["case"].startswith("clip alone")]
-    bars(axes[1], alone, "milliseconds")
-    axes[1].set(title=alone[0]["case"].capitalize(), ylabel="ms")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        f"{results['machine']}. Floor: one read of the gradients; alone, a write too"
+    """Draws a panel for each dtype, with a bar for each clip, and the floor."""
+    rows = [row for row in results["rows"] if row["case"] == CASE]
+    times = {(r["dtype"], r["contender"]): r["added_milliseconds"] for r in rows}
+    dtypes = [dtype for dtype in DTYPES if (dtype, "ours") in times]
+    figure, panels = plt.subplots(
+        1, len(dtypes), sharex=True, figsize=(9, 2.6), squeeze=False
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        axes.set_title(f"{dtype} gradients")
+        clips = [clip for clip in CLIPS if (dtype, clip) in times]
+        style.bars(axes, {clip: times[dtype, clip] for clip in clips}, "{:.0f} ms")
+        _floor(axes, times.get((dtype, "floor")))
+    figure.supxlabel(
+        f"milliseconds added to an AdamW step of GPT-2 small; {results['machine']}",
+        color=style.TEXT,
+        fontsize=10,
+    )
+    style.save(figure, path)
 
 
-def bars(axis: matplotlib.axes.Axes, rows: list[dict[str, Any]], value: str) -> None:
-    """A group of bars for each dtype, a bar for each contender, with its height."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    found = {(row["dtype"], row["contender"]): row[value] for row in rows}
-    width = 0.8 / len(COLORS)
-    for i, (name, color) in enumerate(COLORS.items()):
-        heights = [found.get((dtype, name), np.nan) for dtype in dtypes]
-        places = np.arange(len(dtypes)) + (i - (len(COLORS) - 1) / 2) * width
-        drawn = axis.bar(
-            places, heights, width, color=color, label=LABELS.get(name, name)
-        )
-        axis.bar_label(drawn, fmt="{:.3g}", fontsize=7, padding=1)
-    axis.set_xticks(range(len(dtypes)), dtypes)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.spines[["top", "right"]].set_visible(False)
+def _floor(axes: matplotlib.axes.Axes, milliseconds: float | None) -> None:
+    """A line at the time that one read of the gradients takes."""
+    if milliseconds is None:
+        return
+    axes.axvline(milliseconds, color=style.TEXT, ls=(0, (3, 2)), lw=1.2)
+    # Beside the line, in the free part below the shortest bar.
+    bottom = axes.get_ylim()[0]
+    axes.set_ylim(bottom + 0.55, None)
+    axes.annotate(
+        f"one read of the gradients: {milliseconds:.0f} ms",
+        (milliseconds, bottom + 0.25),
+        (4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+    )

@@ -3,52 +3,45 @@
 import pathlib
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-
-from optax_globalclip._demo import COLOURS  # noqa: E402
-
-METHOD_COLOURS = {**COLOURS, "clipped, authors' rule": "#56B4E9"}
+from . import style
 
 
+@style.applied
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws a line for each method, labelled at its end."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    """Draws a line for each method, with its intervals, labelled at its end."""
+    figure, axes = plt.subplots(figsize=(7.5, 4))
     methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
-    ends: list[float] = []
     for i, method in enumerate(methods):
         rows = [row for row in results["rows"] if row["method"] == method]
-        lengths = [row["length"] for row in rows]
-        rates = [100 * row["solved"] / len(row["errors"]) for row in rows]
-        axes.plot(
-            lengths,
-            # Lines that coincide are drawn beside one another.
-            [rate + 1.2 * (1 - i) for rate in rates],
-            "o-",
-            color=METHOD_COLOURS[method],
-            lw=2,
-            ms=5,
-        )
+        # Beside one another, where both methods are the same.
+        lengths = np.array([row["length"] for row in rows]) + 0.8 * (i - 0.5)
+        shares = 100 * np.array([row["solved"] / row["of"] for row in rows])
+        low, high = 100 * np.array([row["interval"] for row in rows]).T
+        colour = style.COLOURS[method]
+        axes.plot(lengths, shares, "o-", color=colour, lw=2, ms=6)
+        axes.vlines(lengths, low, high, color=colour, lw=1.5, alpha=0.7)
         axes.annotate(
             method,
-            (lengths[-1], rates[-1]),
-            # Below one another, where lines end together.
-            (8, -4 - 12 * sum(rates[-1] == end for end in ends)),
+            (lengths[-1], shares[-1]),
+            # Apart, also where both lines end at one point.
+            (9, 12 * i),
             textcoords="offset points",
-            color=METHOD_COLOURS[method],
+            color=colour,
+            va="center",
+            weight="bold",
         )
-        ends.append(rates[-1])
     axes.set(
-        xlabel="symbols in a sequence",
-        ylabel="seeds that solve it, %",
-        ylim=(-5, 108),
+        xlabel="symbols in a sequence (bars: 95% intervals)",
+        ylabel="networks that succeed",
+        ylim=(-3, 103),
+        yticks=[0, 25, 50, 75, 100],
+        yticklabels=["0%", "25%", "50%", "75%", "100%"],
         xticks=sorted({row["length"] for row in results["rows"]}),
-        title=f"Temporal order, {results['seeds']} seeds, "
-        f"at most {results['steps']:,} updates",
+        title=f"Order of two symbols: {results['seeds']} networks each, at most "
+        f"{results['steps']:,} updates",
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes.margins(x=0.03)
+    style.save(figure, path)

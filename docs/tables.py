@@ -54,7 +54,7 @@ def compiled_long_lines(results: dict[str, Any]) -> dict[str, list[str]]:
 
 def spikes_lines(results: dict[str, Any]) -> list[str]:
     """One line for each method of the study of bad batches."""
-    return [_line(spikes.cells(row)) for row in results["rows"]]
+    return [_line(cells) for cells in spikes.lines(results["rows"])]
 
 
 def compare_lines(results: dict[str, Any]) -> list[str]:

@@ -11,8 +11,8 @@ import numpy as np
 
 NonFinite = Literal["nan", "zero", "error"]
 Scalar = float | jax.Array
-# What may be passed for a scalar.
-Numeric = jax.Array | np.ndarray[Any, Any] | np.number[Any] | int | float
+# What may be passed for a scalar: all of ``chex.Numeric``, which JAX code is typed with.
+Numeric = jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | int | float
 
 
 def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:

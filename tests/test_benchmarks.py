@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import time
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 import rich.progress
@@ -15,10 +17,12 @@ from benchmarks import (
     cases,
     compiled_figure,
     figure,
+    redraw,
     report,
     sharding,
     spikes,
     spikes_figure,
+    style,
     transformer,
 )
 from benchmarks.__main__ import plan, table
@@ -125,32 +129,113 @@ def test_sharded_programs_are_compiled(mode, what, optax_promotes):
     assert line.startswith(f"| 8 | {mode} | {what} | {theirs.all_reduces} → ")
 
 
-@pytest.mark.slow
-def test_study_of_spikes(tmp_path, optax_promotes):
-    methods = {name: spikes.METHODS[name]() for name in ("constant", "skip")}
-    steps = 120
-    runs = {name: spikes.train(tx, 2, steps, list) for name, tx in methods.items()}
-    batches = spikes.batches([spikes.load_sequences(s)[0] for s in range(2)], steps)
-    bad = np.array(
-        [
-            np.isnan(batch.digits.images).any(axis=(1, 2, 3)) | (batch.factor != 1)
-            for batch in batches
-        ]
-    )
-    assert bad.any()
+@pytest.mark.parametrize("kind", spikes.KINDS)
+def test_bad_batches_are_those_of_the_kind(kind):
+    found = spikes.faults(kind, 10_000, seed=0)
+    bad = found.nan | found.random | (found.factor != 1)
     assert not bad[: spikes.FIRST_BAD].any()
-    skip = runs["skip"]
-    assert skip.norms.shape == (2, steps)
-    judged = skip.norms > skip.thresholds
-    assert (judged | np.isnan(skip.norms))[bad.T].all()
-    np.testing.assert_allclose(skip.skipped, (judged | np.isnan(skip.norms)).mean(1))
-    assert (runs["constant"].clipped > 0.5).all()
-    assert (skip.losses[:, :20].mean(1) > skip.losses[:, -20:].mean(1)).all()
-    runs = {name: runs.get(name, skip) for name in spikes.METHODS}
-    spikes_figure.draw(runs, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-    row = spikes.row("skip", skip)
-    assert spikes.table([row]).row_count == 1
+    shares = {"clean": 0, "scaled": 0.01, "bursts": 0.02, "labels": 0.05, "NaN": 0.01}
+    assert bad.mean() == pytest.approx(shares[kind], rel=0.25)
+    assert found.nan.any() == (kind == "NaN")
+    assert found.random.any() == (kind in ("bursts", "labels"))
+    assert set(found.factor[bad]) <= {1, 100, 1000}
+    again = spikes.faults(kind, 10_000, seed=0)
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("method", spikes.METHODS)
+def test_every_method_survives_a_nan(method, optax_promotes):
+    faults = spikes.faults("NaN", 300, seed=1)
+    assert faults.nan.any()
+    value = spikes.VALUES[method][-1]
+    run = spikes.train(spikes.Setting(method, value, 0.1), 1, faults)
+    assert run.accuracy > 0.5
+    np.testing.assert_array_equal(np.isnan(run.norms), faults.nan)
+
+
+@pytest.mark.slow
+def test_a_scaled_batch_ends_the_run_without_a_clip(optax_promotes):
+    faults = spikes.faults("scaled", 400, seed=1)
+    settings = (
+        spikes.Setting("no clipping", None, 0.1),
+        spikes.Setting("constant", 1.0, 0.1),
+    )
+    lost, kept = (spikes.train(setting, 1, faults) for setting in settings)
+    assert lost.accuracy < spikes.LOST < 0.5 < kept.accuracy
+    left_out = spikes.train(settings[0], 1, faults, leave_out=True)
+    assert left_out.accuracy > 0.5
+    assert (left_out.norms[faults.factor > 1] > 20).all()
+    assert lost.touched == 0 < kept.touched
+
+
+def runs_of(*accuracies):
+    return [spikes.Run(accuracy, 0.5, None) for accuracy in accuracies]
+
+
+def test_lost_runs_are_counted_and_not_averaged():
+    row = spikes.row(runs_of(0.1, 0.9, 0.8), runs_of(0.9, 0.9, 0.9))
+    assert row["lost"] == 1
+    assert row["accuracy"] == 0.85
+    assert row["more_than_constant"] == -0.05
+    assert row["accuracies"] == [0.1, 0.9, 0.8]
+    none_left = spikes.row(runs_of(0.1, 0.1), runs_of(0.9, 0.9))
+    assert none_left["accuracy"] is None
+    assert none_left["lost"] == 2
+
+
+def test_the_best_setting_of_each_method_is_chosen():
+    tuned = {
+        (setting, kind): runs_of(0.9 if setting.learning_rate == 0.1 else 0.5)
+        for setting in spikes.grid()
+        for kind in spikes.KINDS
+    }
+    chosen = spikes.best(tuned)
+    assert [setting.method for setting in chosen] == list(spikes.METHODS)
+    assert {setting.learning_rate for setting in chosen} == {0.1}
+    rows = spikes.grid_rows(tuned, chosen)
+    assert len(rows) == len(spikes.grid())
+    assert sum(row["chosen"] for row in rows) == len(spikes.METHODS)
+
+
+def test_spikes_are_drawn_and_tabled(tmp_path):
+    tuned = {
+        (setting, kind): runs_of(0.9, 0.8, 0.1)
+        for setting in spikes.grid()
+        for kind in spikes.KINDS
+    }
+    chosen = spikes.best(tuned)
+    tested = {(s, kind): runs for (s, kind), runs in tuned.items() if s in chosen}
+    results = {"grid": spikes.grid_rows(tuned, chosen), "rows": spikes.rows(tested)}
+    assert spikes.table(results["rows"]).row_count == len(spikes.METHODS)
+    spikes_figure.draw(results, tmp_path / "spikes.png")
+    spikes_figure.draw_grid(results, tmp_path / "grid.png")
+    for path in tmp_path.iterdir():
+        assert path.stat().st_size > 10_000
+
+
+def test_all_figures_are_drawn_from_the_results(tmp_path):
+    for path in RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    redraw.main(["--out", str(tmp_path)])
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    made_elsewhere = {"demo.png"}
+    assert drawn == {path.name for path in RESULTS.glob("*.png")} - made_elsewhere
+
+
+def luminance(colour):
+    channels = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(
+        channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+    )
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#0d1117"])
+def test_colours_can_be_read_on_light_and_dark(background):
+    for colour in (style.TEXT, *style.COLOURS.values()):
+        low, high = sorted([luminance(colour), luminance(background)])
+        assert (high + 0.05) / (low + 0.05) >= 3, colour
 
 
 def test_trees_have_the_sizes_of_the_models():
