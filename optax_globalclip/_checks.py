@@ -11,7 +11,7 @@ import numpy as np
 
 NonFinite = Literal["nan", "zero", "error"]
 Scalar = float | jax.Array
-# What may be passed for a scalar: all of ``chex.Numeric``, which JAX code is typed with.
+# What may be passed for a scalar: all that ``chex.Numeric`` is.
 Numeric = jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | int | float
 
 

@@ -31,7 +31,7 @@ from optax_globalclip import (
     zscore_threshold,
 )
 
-pytestmark = oracle.RUNS_OPTAX
+pytestmark = [pytest.mark.slow, *oracle.RUNS_OPTAX]
 
 X = oracle.normals((8, 4))
 Y = oracle.normals((8, 2), seed=1)

@@ -23,6 +23,8 @@ from optax_globalclip import (
     zscore_threshold,
 )
 
+pytestmark = pytest.mark.slow
+
 Z, DECAY, WARMUP, WINDOW, Q = 4.0, 0.97, 25, 50, 0.9
 slow = pytest.mark.slow
 steps = pytest.mark.parametrize("steps", [20_000, pytest.param(10**6, marks=slow)])

@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 OWN = [
     "optax_globalclip",
@@ -61,6 +63,7 @@ def test_steps_need_no_more():
     assert printed(BEFORE + STEP) == ["False False"]
 
 
+@pytest.mark.slow
 def test_sparse_leaves_and_checks_import_what_they_need():
     """Also if jax.experimental.sparse is imported after the package has run."""
     program = """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from optax_globalclip import (
     clip_by_global_norm,
@@ -257,7 +257,6 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=60)
 @given(
     PIECES,
     ZS,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from jax.test_util import check_grads
 
 from benchmarks.trees import gpt2_small_shapes
@@ -109,7 +109,6 @@ def test_float64_counts_each_entry():
 
 
 @ords
-@settings(max_examples=15)
 @given(oracle.trees())
 def test_any_tree(ord, tree):
     expected = oracle.norm(tree, ord)
@@ -121,7 +120,6 @@ def test_any_tree(ord, tree):
         np.testing.assert_allclose(measured, expected, 2e-6, tiny)
 
 
-@settings(max_examples=30)
 @given(oracle.trees())
 def test_any_tree_under_jit_and_by_leaf(tree):
     largest, tiny = map(float, (np.finfo(np.float32).max, np.finfo(np.float32).tiny))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_globalclip import (
@@ -179,7 +179,6 @@ ratios = st.sampled_from([0.5, 2.0**-10, 2.0**-60, 2.0])
 
 @pytest.mark.parametrize(("layout", "dtypes"), CASES)
 def test_shards_of_any_magnitude_add_up_to_one_norm(layout, dtypes):
-    @settings(max_examples=25)
     @given(trees_of(DTYPES[dtypes]), ratios)
     def check(tree, ratio):
         check_layout(layout, tree, ratio)
@@ -255,7 +254,6 @@ def test_norms_above_the_largest_float_are_clipped_outside_jit(case):
     clips_to(*LARGE[case], clip=clip_updates)
 
 
-@settings(max_examples=40)
 @given(
     st.lists(st.integers(-126, 127), min_size=7, max_size=7),
     st.lists(st.floats(1, 1.9), min_size=7, max_size=7),
@@ -267,7 +265,6 @@ def test_any_tree_is_clipped_to_any_threshold(exponents, mantissas, threshold):
     clips_to([leaf[:2], leaf[2:]], np.float32(2.0**threshold))
 
 
-@settings(max_examples=40)
 @given(
     st.lists(st.integers(-1021, 1023), min_size=7, max_size=7),
     st.lists(st.floats(1, 1.9), min_size=7, max_size=7),
@@ -347,7 +344,6 @@ def clip_quantile():
 @pytest.mark.parametrize("make", [skip_z, skip_quantile, clip_z, clip_quantile])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_equal_gradients_are_never_clipped_or_skipped(make, dtype):
-    @settings(max_examples=15)
     @given(st.integers(0, 2**32 - 1), st.integers(-20, 20))
     def check(seed, exponent):
         leaf = np.random.default_rng(seed).standard_normal(3) * 10.0**exponent
@@ -373,7 +369,7 @@ def every_magnitude(test):
     """Runs a test over magnitudes from 1e-35 to 1e35, the extreme ones always."""
     for power in EXTREMES:
         test = example(power)(test)
-    return settings(max_examples=15)(given(powers_of_ten)(test))
+    return given(powers_of_ten)(test)
 
 
 def at(power, dtype=np.float32):
@@ -488,7 +484,6 @@ def test_hessian_of_the_squared_norm_is_twice_the_identity():
 
 
 def test_float64_derivatives_at_any_magnitude():
-    @settings(max_examples=15)
     @given(st.integers(-300, 300))
     @example(-300)
     @example(300)
@@ -643,7 +638,6 @@ def gradients_by_ord():
     return norm, jax.jit(jax.grad(clipped))
 
 
-@settings(max_examples=25)
 @given(st.floats(1, 20, width=32), st.sampled_from([-25, -3, 0, 3, 25]), st.booleans())
 @example(1.0, 0, True)
 @example(2.0, 0, True)
@@ -727,7 +721,6 @@ def jitted_norm(ord):
 
 @pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
 def test_complex_entries_of_any_magnitude(ord):
-    @settings(max_examples=30)
     @given(st.lists(st.integers(-120, 126), min_size=8, max_size=8))
     def check(exponents):
         parts = np.ldexp([1.0, -1.5, 1.25, 1.75, 1, 1, -1, 1.5], exponents)
