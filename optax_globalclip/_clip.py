@@ -236,6 +236,8 @@ def _factors(
     finite = jnp.isfinite(norm.value)
     value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
     unit = jnp.where(within, 1, norm.unit)
+    # The plain NaN for any other: ``_cpu.product`` rounds by its bits.
+    threshold = jnp.where(jnp.isnan(threshold), math.nan, threshold)
     threshold = jnp.where(within, 1, threshold)
     tiny = float(jnp.finfo(threshold.dtype).tiny)
     # So much above ``tiny`` that the second factor is not 1, which means "keep".

@@ -100,9 +100,10 @@ def product(
     wide = wide * shift * scale
     wide_bits = lax.bitcast_convert_type(wide, jnp.uint32)
     # To nearest: the upper half is incremented if the lower is more than half of its
-    # unit, or just half and the upper odd. Infinity stays; NaN might become one.
+    # unit, or just half and the upper odd. Infinity and NaN stay: the lower half of
+    # their bits is 0, in the array and in the factors.
     rounded = (wide_bits + 0x7FFF + (wide_bits >> 16 & 1)) >> 16
-    rounded = jnp.where(jnp.isnan(wide), 0x7FC0, rounded).astype(jnp.uint16)
+    rounded = rounded.astype(jnp.uint16)
     if zero is not None:
         rounded = jnp.where(zero, 0, rounded)
     return lax.bitcast_convert_type(lax.select(keep, bits, rounded), jnp.bfloat16)

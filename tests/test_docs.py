@@ -162,8 +162,9 @@ def test_measured_costs_are_those_that_were_written():
     claimed = re.findall(r"^\| .* \| [\d.]+ m?s \| .* \|$", README, re.MULTILINE)
     assert len(claimed) >= 6
     assert set(claimed) <= set(written)
-    ratios = [float(line.split(" | ")[3]) for line in claimed]
-    assert sum(ratio > 1 for ratio in ratios) >= 2
+    # Every case in which Optax's clip is ahead is shown.
+    behind = [line for line in written if float(line.split(" | ")[5].split()[0]) > 1]
+    assert set(behind) <= set(claimed)
     assert "Measured on 2 CPU cores" in README
     assert not [line for line in written if line not in BENCHMARKS]
     assert f"jax {results['versions']['jax']}" in BENCHMARKS

@@ -98,3 +98,22 @@ def test_derivative_at_a_norm_just_above_the_threshold_is_that_of_the_clip():
     np.testing.assert_allclose(jacobian(updates), threshold * np.eye(2), rtol=1e-6)
     jacobian = jax.jacobian(lambda x: clip_updates(x, threshold)[0])
     np.testing.assert_allclose(jacobian(updates), np.diag([0.0, 1.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_any_nan_as_the_threshold_makes_every_entry_nan(dtype, bits):
+    nan = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
+    entries = jnp.asarray([1.0, -2.0, 0.0, 3e38, jnp.inf, -jnp.inf], dtype)
+    for leaf in (entries, entries[:4]):
+        clipped, _ = clip_updates(leaf, nan)
+        assert np.isnan(np.asarray(clipped, np.float32)).all()
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, 0x7F81, 0xFFFF, 0xFFC1])
+def test_any_nan_among_the_entries_stays_one(bits):
+    nan = jax.lax.bitcast_convert_type(jnp.uint16(bits), jnp.bfloat16)
+    leaf = jnp.stack([nan, jnp.bfloat16(1), jnp.bfloat16(jnp.inf)])
+    for max_norm in (0.0, 1.0, jnp.inf):
+        clipped, _ = clip_updates(leaf, max_norm)
+        assert np.isnan(np.asarray(clipped, np.float32)).all()
