@@ -18,7 +18,8 @@ def lines(results: dict[str, Any]) -> list[str]:
         cases.setdefault(key, {})[row["contender"]] = row
     found = []
     for (case, dtype), rows in cases.items():
-        if case.startswith(("parameters", "leaves")):  # What the figure shows.
+        # Not how cost grows, nor the norm beside one that is not Optax's.
+        if "optax" not in rows or case.startswith(("parameters", "leaves")):
             continue
         name = f"{case}, {dtype}"
         found.append(_line(name, rows))
