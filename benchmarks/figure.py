@@ -17,7 +17,7 @@ Times = dict[tuple[str, str], float]
 
 @style.applied
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws a panel for each dtype, with a bar for each clip, and the floor."""
+    """Draws a panel for each dtype, with a bar for each clip, and a line at one read."""
     rows = [row for row in results["rows"] if row["case"] == CASE]
     times = {(r["dtype"], r["contender"]): r["added_milliseconds"] for r in rows}
     dtypes = [dtype for dtype in DTYPES if (dtype, "ours") in times]
@@ -28,7 +28,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
         axes.set_title(f"{dtype} gradients")
         clips = [clip for clip in CLIPS if (dtype, clip) in times]
         style.bars(axes, {clip: times[dtype, clip] for clip in clips}, "{:.0f} ms")
-        _floor(axes, times.get((dtype, "floor")))
+        _one_read(axes, times.get((dtype, "one read")))
     figure.supxlabel(
         f"milliseconds added to an AdamW step of GPT-2 small; {results['machine']}",
         color=style.TEXT,
@@ -37,7 +37,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     style.save(figure, path)
 
 
-def _floor(axes: matplotlib.axes.Axes, milliseconds: float | None) -> None:
+def _one_read(axes: matplotlib.axes.Axes, milliseconds: float | None) -> None:
     """A line at the time that one read of the gradients takes."""
     if milliseconds is None:
         return
