@@ -241,14 +241,16 @@ def skip_by_global_norm(
     For such a step the updates are zeros, and the state of ``inner`` stays as it was,
     bit for bit: no moment and no counter of an optimizer knows of it. For any other
     step, updates and state are those of ``inner``. Wrap the whole optimizer, with the
-    learning rate and weight decay in it:
+    learning rate and weight decay in it::
 
-    ``skip_by_global_norm(optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)),
-    zscore_threshold(6.0))``
+        skip_by_global_norm(
+            optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)),
+            zscore_threshold(6.0),
+        )
 
-    A :func:`clip_by_global_norm` inside that comes first does not measure the norm a
-    second time. Nothing waits for the device, or branches: ``inner`` always runs, and
-    its results are selected, so that this can be vmapped, sharded and scanned over.
+    A :func:`clip_by_global_norm` that comes first inside does not measure the norm a
+    second time. The update does not block Python and has no branch: ``inner`` always
+    runs, and its results are selected. So it can be vmapped, sharded and scanned over.
 
     Args:
       inner: the transformation to skip, such as a whole optimizer.
