@@ -17,7 +17,7 @@ Times = dict[tuple[str, str], float]
 
 @style.applied
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws a panel for each dtype, with a bar for each clip, and a line at one read."""
+    """Draws a panel for each dtype: a bar for each clip, and a line at one read."""
     rows = [row for row in results["rows"] if row["case"] == CASE]
     times = {(r["dtype"], r["contender"]): r["added_milliseconds"] for r in rows}
     dtypes = [dtype for dtype in DTYPES if (dtype, "ours") in times]
