@@ -524,7 +524,8 @@ def _signs(array: jax.Array, norm: GlobalNorm) -> list[jax.Array]:
     if len(parts) == 1:
         return [jnp.sign(parts[0])]
     # Divided by the larger part first, because the modulus may overflow or underflow.
-    larger = functools.reduce(jnp.maximum, map(jnp.abs, parts))
+    # A constant, as the sign does not depend on it: its square would do so too.
+    larger = functools.reduce(jnp.maximum, map(jnp.abs, jax.lax.stop_gradient(parts)))
     parts = [part / jnp.where(larger == 0, 1, larger) for part in parts]
     modulus = _modulus(parts)
     return [part / jnp.where(modulus == 0, 1, modulus) for part in parts]

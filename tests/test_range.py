@@ -521,6 +521,41 @@ def test_complex_gradient_at_any_magnitude():
     check()
 
 
+def turn(z, v, ord):
+    """The derivative of the complex p-norm's gradient along v, in float64.
+
+    With moduli m, signs s = z/m and the norm N, the gradient is (m/N)ᵖ⁻¹ s.
+    """
+    z, v = z.astype(np.complex128), v.astype(np.complex128)
+    modulus, size = np.abs(z), oracle.norm(z, ord)
+    sign = z / modulus
+    modulus_dot = np.real(np.conj(sign) * v)
+    sign_dot = (v - sign * modulus_dot) / modulus
+    if ord == math.inf:
+        return (modulus == size) * sign_dot
+    share = modulus / size
+    share_dot = (modulus_dot - share * np.sum(share ** (ord - 1) * modulus_dot)) / size
+    weight_dot = (ord - 1) * share ** (ord - 2) * share_dot
+    return weight_dot * sign + share ** (ord - 1) * sign_dot
+
+
+@ords
+def test_second_derivative_at_complex_entries_of_any_magnitude(ord):
+    gradient = jax.grad(functools.partial(global_norm, ord=ord))
+    gradient_dot = jax.jit(lambda z, v: jax.jvp(gradient, (z,), (v,))[1])
+    v = np.complex64(WEIGHTS[::-1] + 1j * VALUES)
+
+    @every_magnitude
+    def check(power):
+        z = ((VALUES + 1j * WEIGHTS) * 10.0**power).astype(np.complex64)
+        # JAX's convention: a gradient is the conjugate of the steepest ascent.
+        found, expected = np.conj(gradient_dot(z, v)), turn(z, v, ord)
+        parts = (np.stack([x.real, x.imag]) for x in (found, expected))
+        assert_close(*parts, 1e-4)
+
+    check()
+
+
 def weighted(x, max_norm):
     return jnp.vdot(clip_updates(x, max_norm)[0], np.float32(WEIGHTS))
 
