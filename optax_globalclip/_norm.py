@@ -75,12 +75,13 @@ def global_norm(
     complex leaves                  by their modulus
     infinite entries                inf
     NaN entries                     NaN
+    sparse values at one index      as their sum, inf if it overflows
     =============================== ========================================
 
     Args:
       updates: a tree of float or complex arrays of any shapes, NumPy arrays, Python
-        scalars, or BCOO and BCSR matrices, whose values at one index count as their
-        sum unless ``unique_indices`` is set.
+        scalars, or BCOO and BCSR matrices. Of a matrix with ``unique_indices``, each
+        stored value is an entry.
       ord: the order p of the norm, a real number of at least 1, or ``inf`` for
         the largest modulus. A traced scalar is accepted, and costs a second read.
       axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the

@@ -19,9 +19,13 @@ RUNS_OPTAX = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-# Before, XLA on CPU sums less precisely and materializes what it sums, and JAX cannot
-# select among unreduced arrays. Tests of these need this release.
+# Before, XLA on CPU sums less precisely and materializes what it sums, and JAX can
+# neither select among unreduced arrays nor vmap shard_map over a mesh axis. Tests of
+# these need this release.
 RECENT_JAX = jax.__version_info__ >= (0, 10, 2)
+
+# The largest relative error of a norm.
+SUMMED = 5e-7 if RECENT_JAX else 5e-6
 
 FLOATS = {
     "float16": np.dtype(np.float16),

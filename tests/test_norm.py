@@ -20,11 +20,7 @@ dtypes = pytest.mark.parametrize("dtype", sorted(oracle.FLOATS))
 ords = pytest.mark.parametrize("ord", ORDS)
 
 
-# The largest relative error of a norm.
-SUMMED = 5e-7 if oracle.RECENT_JAX else 5e-6
-
-
-def assert_norm(tree, tolerance=SUMMED, **options):
+def assert_norm(tree, tolerance=oracle.SUMMED, **options):
     expected = oracle.norm(tree, options.get("ord", 2))
     np.testing.assert_allclose(float(global_norm(tree, **options)), expected, tolerance)
 
@@ -79,7 +75,9 @@ def test_equal_entries(shape, entry, dtype):
     # Rounding errors of one sign, which a sum one after the other piles up.
     leaf = jnp.full(shape, entry, dtype)
     assert_norm(leaf)
-    np.testing.assert_allclose(float(leaf_norms(leaf)), oracle.norm(leaf), SUMMED)
+    np.testing.assert_allclose(
+        float(leaf_norms(leaf)), oracle.norm(leaf), oracle.SUMMED
+    )
 
 
 def test_large_beside_small_entries():

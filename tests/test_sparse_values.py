@@ -416,3 +416,15 @@ def test_numpy_arrays_may_hold_the_values():
     data = np.ones(512, ml_dtypes.bfloat16)
     matrix = sparse.BCOO((data, np.zeros((512, 1), np.int32)), shape=(2,))
     np.testing.assert_allclose(global_norm(matrix), 512, 1e-6)
+
+
+def test_values_at_one_index_that_overflow_are_an_infinite_entry():
+    matrix = bcoo([3e38, 3e38, 1.0], [[1], [1], [0]], (3,))
+    clipped, norm = clip_updates(matrix, 1.0, nonfinite="zero")
+    assert norm == math.inf
+    np.testing.assert_array_equal(clipped.data, [0, 0, 0])
+    # Stored values that are entries themselves are clipped however large they are.
+    matrix = bcoo([3e38, 3e38, 1.0], [[1], [2], [0]], (3,), unique_indices=True)
+    clipped, norm = clip_updates(matrix, 1.0)
+    assert norm == math.inf
+    np.testing.assert_allclose(clipped.data, [0.5**0.5, 0.5**0.5, 0], 1e-6, 1e-30)
