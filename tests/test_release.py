@@ -13,6 +13,7 @@ import zipfile
 import pytest
 
 import optax_globalclip
+from docs.absolute import absolute
 
 ROOT = pathlib.Path(__file__).parent.parent
 VERSION = optax_globalclip.__version__
@@ -115,6 +116,24 @@ def test_tests_of_the_sdist_pass_by_themselves(unpacked):
     assert "passed" in ran
     where = "import optax_globalclip; print(optax_globalclip.__file__)"
     assert str(unpacked) in run("-c", where, directory=unpacked)
+
+
+def test_readme_links_are_absolute_on_the_package_index():
+    repository = "https://github.com/owner/name"
+    text = absolute((ROOT / "README.md").read_text(), repository, "v1.0")
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) > 10
+    for link in links:
+        assert link.startswith("https://")
+    for link in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text):
+        path = link.removeprefix(f"{repository}/raw/v1.0/")
+        assert (ROOT / path).is_file()
+    # Only links change, and what is absolute stays.
+    assert (
+        re.sub(rf"{repository}/(raw|blob)/v1.0/", "", text)
+        == (ROOT / "README.md").read_text()
+    )
+    assert absolute(text, repository, "v2.0") == text
 
 
 def test_version_needs_no_installed_metadata(tmp_path):
