@@ -114,6 +114,32 @@ def check_count(name: str, value: Any, at_least: int, otherwise: str = "") -> No
         )
 
 
+def check_pair(who: str, returned: Any, remedy: str) -> None:
+    """Raises if a function of the user's did not return a pair."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise TypeError(
+            f"{who} returned {type(returned).__name__}, but not a pair. {remedy}"
+        )
+
+
+def check_like(who: str, name: str, new_state: Any, state: Any, remedy: str) -> None:
+    """Raises if a new state has another structure or other shapes than before."""
+    before, after = jax.tree.structure(state), jax.tree.structure(new_state)
+    if before != after:
+        raise ValueError(
+            f"{who} returned a state of the structure {after} for one of {before}. "
+            f"{remedy}"
+        )
+    for (path, new), old in zip(
+        jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True
+    ):
+        if jnp.shape(new) != jnp.shape(old):
+            raise ValueError(
+                f"{who} returned {name}{jax.tree_util.keystr(path)} of shape "
+                f"{jnp.shape(new)} for one of {jnp.shape(old)}. {remedy}"
+            )
+
+
 def _check_array(name: str, value: jax.Array | np.ndarray | np.generic) -> None:
     kinds = (jnp.floating, jnp.integer)
     if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):

@@ -216,7 +216,7 @@ def _clip(values, norm, threshold, nonfinite):
 def _reported(
     scale: jax.Array, threshold: jax.Array, zero: jax.Array | None
 ) -> jax.Array:
-    """The scale, 0 only if the result is: the smallest normal float if it is less."""
+    """The scale, raised to the smallest normal float unless the result is 0."""
     least = jnp.where(threshold > 0, float(jnp.finfo(jnp.float32).tiny), 0)
     scale = jnp.maximum(scale, least.astype(scale.dtype))
     return scale if zero is None else jnp.where(zero, 0, scale)
@@ -236,11 +236,11 @@ def _factors(
     finite = jnp.isfinite(norm.value)
     value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
     unit = jnp.where(within, 1, norm.unit)
-    # The plain NaN for any other: ``_cpu.product`` rounds by its bits.
+    # Every NaN as the canonical one, because ``_cpu.product`` rounds its bits.
     threshold = jnp.where(jnp.isnan(threshold), math.nan, threshold)
     threshold = jnp.where(within, 1, threshold)
     tiny = float(jnp.finfo(threshold.dtype).tiny)
-    # So much above ``tiny`` that the second factor is not 1, which means "keep".
+    # Above ``tiny``, so that the second factor cannot be 1, which means "keep".
     least = 4 * tiny
     whole = value * unit
     too_large = finite & (whole == math.inf)
@@ -289,7 +289,7 @@ def _scaled(
     Multiplied in at least float32, and rounded once to the dtype of the values.
     """
     shift, scale = _factors(threshold, norm, within, zero)
-    # One operation in the kernel of a leaf, instead of those behind ``within``.
+    # Each leaf's kernel computes it again, where ``within`` takes more operations.
     keep = scale == 1
     return [_product_of(value, shift, scale, keep, zero) for value in values]
 

@@ -35,13 +35,14 @@ from ._tree import (
     split_updates,
 )
 
-# How many arrays of one type are added entry by entry before they are summed: those of
-# at most so many entries, and others. Each sum is a kernel; each addend, an operand.
+# Up to _MANY arrays of one type and at most _SMALL entries are added entry by entry
+# before they are reduced; of larger ones, up to _FEW. Each reduction is a kernel, and
+# each addend one of its operands.
 _SMALL, _MANY, _FEW = 4096, 64, 16
-# How many columns a TPU keeps side by side. Shorter rows are not summed one by one, nor
-# are more of them than so many.
+# A TPU keeps _LANES columns side by side. If rows are shorter, or more than _ROWS, they
+# are reduced to one number at once.
 _LANES, _ROWS = 128, 8192
-# From how many entries on an array is split: those that VMEM may hold are not read.
+# Arrays of so many entries are split. Smaller ones may lie in a TPU's VMEM already.
 _LARGE = 2**22
 
 
@@ -159,7 +160,7 @@ class GlobalNorm(NamedTuple):
     """A norm that may be larger than a float can hold.
 
     Attributes:
-      norm: scalar; inf if it is too large for a float. It alone has a derivative.
+      norm: scalar; inf if it is too large for a float. Only this has a derivative.
       value: scalar, ``norm / unit``; non-finite only if an entry of the tree is.
       unit: scalar, positive and finite.
     """
@@ -232,7 +233,7 @@ def measure(leaves: list[Leaf], formula: Formula) -> GlobalNorm:
 
 
 def found(leaves: Sequence[Leaf], ord: Scalar) -> GlobalNorm | None:
-    """The norm of these very arrays, if a transformation around has measured it."""
+    """The norm of these very arrays, if an enclosing transformation measured it."""
     known = _KNOWN.get()
     return known.norm if known and known.is_that_of(leaves, ord) else None
 
@@ -254,8 +255,8 @@ class _Known(NamedTuple):
         )
 
 
-# Of the transformation whose inner one is being run. No argument could carry it there:
-# other transformations between would be handed it, and some refuse.
+# Set while a skip runs its inner transformation. An extra argument cannot carry the
+# norm there: transformations in between would receive it too, and some reject it.
 _KNOWN: contextvars.ContextVar[_Known | None] = contextvars.ContextVar(
     "known", default=None
 )
@@ -311,7 +312,8 @@ def _three_sums(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
         (fitting if fits(alike[0].dtype, dtype) else others).append(alike)
     if fitting:
         (plain,) = _sums_of_squares(fitting, dtype, (None,))
-        # If this sum is not the whole norm, it is nothing beside the others.
+        # Where another sum is to be trusted, these leaves do not change it: they are
+        # negligible beside squares that overflow, and zero beside those that underflow.
         sums.append(jnp.stack([_nonfinite(plain), plain, _nonfinite(plain)]))
     if others:
         factors = limits.shrink, None, limits.grow
@@ -324,8 +326,8 @@ def _sums_of_squares(
 ) -> jax.Array:
     """The sums of squares of all entries times each factor, in one read of them.
 
-    First of the rows of each group, then of those together, padded to one length: one
-    kernel for each group, and a few for all, where each sum by itself would be two.
+    One kernel reduces each group to the sums of its rows. A few kernels more add these
+    vectors, padded to one length. Reducing each group to a number would take two each.
     """
     local = [group for group in groups if is_local(group[0])]
     sums = []
@@ -557,7 +559,7 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 
 def _power(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """``x ** exponent`` for x >= 0, with 0, inf and NaN kept, and no slope at them."""
+    """``x ** exponent`` for x >= 0; 0, inf and NaN stay, and have no slope."""
     regular = jnp.isfinite(x) & (x > 0)
     powers = jnp.where(regular, x, 1) ** exponent
     return jnp.where(regular, powers, jax.lax.stop_gradient(x))
@@ -576,9 +578,9 @@ def _over_devices(
     collective: Callable[[jax.Array, Axes], jax.Array] = jax.lax.psum,
     combine: Callable[[Sequence[jax.Array]], jax.Array] = add,
 ) -> jax.Array:
-    """Reduces what is sharded alike on this device, then over devices; combines that.
+    """Reduces arrays on this device, then over devices, and combines the results.
 
-    There is one collective for each set of axes.
+    Arrays sharded over the same axes are reduced together, by one collective.
     """
     alike: dict[Axes, list[Any]] = {}
     for leaf in leaves:

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import Numeric, Scalar, as_scalar, check_count, check_number, check_static
+from ._checks import (
+    Numeric,
+    Scalar,
+    as_scalar,
+    check_count,
+    check_like,
+    check_number,
+    check_pair,
+    check_static,
+)
 from ._norm import GlobalNorm
 
 # The longest span of moving averages that a change of level is waited for.
@@ -98,7 +107,9 @@ def next_threshold(
     if isinstance(max_norm, Threshold):
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
         own = state if jax.tree.leaves(state) else max_norm.init()
-        threshold, proposed = _pair(max_norm.update(norm.norm, own, count))
+        returned = max_norm.update(norm.norm, own, count)
+        check_pair("Threshold.update", returned, "Return (threshold, state).")
+        threshold, proposed = returned
         new_state = admitted(norm.norm, _like(proposed, own), own)
         kept = new_state if jax.tree.leaves(own) else None
         return norm, _returned("Threshold.update", threshold), kept
@@ -123,16 +134,6 @@ def _copy(path: tuple[Any, ...], leaf: Any) -> jax.Array:
     array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     dtype = jnp.result_type(leaf)
     return jax.device_put(array.astype(dtype), may_alias=False)
-
-
-def _pair(returned: Any) -> tuple[Any, ThresholdState]:
-    """What ``Threshold.update`` returned, if it is a pair."""
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(
-            f"Threshold.update returned {type(returned).__name__}, but not a pair. "
-            "Return (threshold, state)."
-        )
-    return returned[0], returned[1]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -169,29 +170,21 @@ def _returned(who: str, threshold: Any) -> Scalar:
 
 def _like(proposed: ThresholdState, state: ThresholdState) -> ThresholdState:
     """The state proposed, checked to be of the structure, shapes and dtypes before."""
-    before, after = jax.tree.structure(state), jax.tree.structure(proposed)
-    if before != after:
-        raise ValueError(
-            f"Threshold.update returned a state of the structure {after} for one of "
-            f"{before}. Return the structure that init returns."
-        )
+    for path, leaf in jax.tree.leaves_with_path(proposed):
+        _check_array("update", path, leaf)
+    remedy = "Return the structure and the shapes that init returns."
+    check_like("Threshold.update", "state", proposed, state, remedy)
     return jax.tree.map_with_path(_leaf_like, proposed, state)
 
 
 def _leaf_like(path: tuple[Any, ...], new: Any, old: Any) -> jax.Array:
-    where = f"state{jax.tree_util.keystr(path)}"
     weak = not hasattr(new, "dtype") or getattr(new, "weak_type", False)
-    _check_array("update", path, new)
     new, old = jnp.asarray(new), jnp.asarray(old)
-    if new.shape != old.shape:
-        raise ValueError(
-            f"Threshold.update returned {where} of shape {new.shape} for one of "
-            f"{old.shape}. Return the shape that init returns."
-        )
     if new.dtype != old.dtype and not weak:
         raise TypeError(
-            f"Threshold.update returned {where} of {new.dtype} for one of {old.dtype}. "
-            f"Return it .astype({str(old.dtype)!r}), or have init return {new.dtype}."
+            f"Threshold.update returned state{jax.tree_util.keystr(path)} of "
+            f"{new.dtype} for one of {old.dtype}. Return it "
+            f".astype({str(old.dtype)!r}), or have init return {new.dtype}."
         )
     return new if new.dtype == old.dtype else new.astype(old.dtype)
 
@@ -393,14 +386,16 @@ def _moved_std(
 def quantile_threshold(
     q: float, *, window: int = 1000, warmup_steps: int = 25
 ) -> Threshold:
-    """Clips to a quantile of the last norms, the one at hand among them.
+    """Clips to a quantile of the last norms, including the current one.
 
     This is AutoClip. The quantile is interpolated linearly, as ``numpy.quantile``
     does: 0 clips every step to the smallest norm in the window, 1 never clips.
 
-    It departs from the authors' code, which keeps every norm ever seen (here they are
-    the last ``window``), clips from the first step on, and takes an inf or NaN into
-    the history for good.
+    The authors' code differs in that it
+
+    * keeps every norm ever seen, where this keeps the last ``window``;
+    * clips from the first step on;
+    * takes an inf or NaN into the history for good.
 
     Args:
       q: which quantile, from 0 to 1; the authors found 0.1 to do best.

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import NonFinite, Numeric, as_ord, check_count, check_nonfinite
+from ._checks import (
+    NonFinite,
+    Numeric,
+    as_ord,
+    check_count,
+    check_like,
+    check_nonfinite,
+    check_pair,
+)
 from ._clip import Clip, check_finite, clip_leaves, kept_or_zero, norm_given
 from ._errors import explained
 from ._mesh import replicated
@@ -191,7 +199,7 @@ def _step(
 
 @jax.jit
 def _clipped(state: ClipByGlobalNormState, clip: Clip) -> ClipByGlobalNormState:
-    """The state after a clip, but for that of the threshold."""
+    """The state after a clip, without the threshold's."""
     return state._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
@@ -212,8 +220,8 @@ class SkipByGlobalNormState(NamedTuple):
       num_updates: updates so far, skipped ones too, int32 scalar; saturates, as the
         next two.
       num_skipped: how many of them were skipped, int32 scalar.
-      num_consecutive_skips: how many of the last in a row, int32 scalar; so the last
-        was skipped if it is not 0.
+      num_consecutive_skips: how many of the latest in a row were skipped, int32
+        scalar; 0 if the last one was taken.
       threshold_state: the threshold's own state; None if it keeps nothing.
       inner_state: state of the inner transformation after the last update that was
         not skipped.
@@ -236,11 +244,11 @@ def skip_by_global_norm(
     axis_name: AxisName = None,
     max_consecutive_skips: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips updates whose norm is not finite or above a threshold, whole.
+    """Skips every step whose norm is not finite or above a threshold.
 
     For such a step the updates are zeros, and the state of ``inner`` stays as it was,
-    bit for bit: no moment and no counter of an optimizer knows of it. For any other
-    step, updates and state are those of ``inner``. Wrap the whole optimizer, with the
+    bit for bit, with all its moments and counters. For any other step, updates and
+    state are those of ``inner``. Wrap the whole optimizer, with the
     learning rate and weight decay in it::
 
         skip_by_global_norm(
@@ -342,11 +350,8 @@ def skip_by_global_norm(
                 params,
                 **extra_args,
             )
-        new_updates, inner_state = _pair_of_arrays(returned)
-        _check_like(inner_state, state.inner_state)
-        new_updates, inner_state = _select(
-            taken, new_updates, inner_state, state.inner_state
-        )
+        _check_returned(returned, state.inner_state)
+        new_updates, inner_state = _select(taken, *returned, state.inner_state)
         return new_updates, own._replace(inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -365,9 +370,10 @@ def _with_extra_args(inner: Any) -> Any:
 
 
 def _judge(leaves, state, norm, max_norm, formula, max_consecutive_skips):
-    """Measures, finds the threshold, judges; and what the inner one is run on.
+    """Measures, finds the threshold, and judges.
 
-    That is zeros if the step is skipped: no check or search of the inner one sees it.
+    Returns also the leaves to run the inner update on. They are zeros if the step is
+    skipped, so that no check or line search inside sees what is skipped.
     """
     norm = measure(leaves, formula) if norm is None else norm
     judged, threshold, threshold_state = next_threshold(
@@ -389,9 +395,9 @@ def _judged(
     threshold: Any,
     max_consecutive_skips: Any,
 ) -> tuple[jax.Array, SkipByGlobalNormState]:
-    """Whether the step is to be taken, and the state but for the inner's."""
+    """Whether to take the step, and the new state, without the inner one."""
     threshold = jnp.maximum(jnp.asarray(threshold, norm.norm.dtype), 0)
-    # So that a threshold that is NaN skips, rather than lets all through.
+    # Compared this way round, a NaN threshold skips the step.
     taken = norm.norm <= threshold
     if max_consecutive_skips is not None:
         taken |= state.num_consecutive_skips >= max_consecutive_skips
@@ -443,51 +449,27 @@ def _array_if(taken: jax.Array, array: Any) -> Any:
     return with_values(array, jnp.where(taken, values, jnp.zeros_like(values)))
 
 
-def _pair_of_arrays(returned: Any) -> tuple[Any, Any]:
-    """What the inner update returned, checked to be updates and a state."""
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(
-            f"The inner update returned {type(returned).__name__}, but not a pair. "
-            "Pass an inner whose update returns (updates, state)."
-        )
-    updates, inner_state = returned
-    if not all(map(_is_array, jax.tree.leaves(returned))):
-        named = {"updates": updates, "inner_state": inner_state}
-        raise next(
-            TypeError(
-                f"The inner update returned {name}{jax.tree_util.keystr(path)} of type "
-                f"{type(leaf).__name__}, but every leaf of both must be an array. Pass "
-                "an inner whose init and update return arrays."
-            )
-            for name, tree in named.items()
-            for path, leaf in jax.tree.leaves_with_path(tree)
-            if not _is_array(leaf)
-        )
-    return updates, inner_state
+def _check_returned(returned: Any, state: Any) -> None:
+    """Raises if the inner update did not return updates and a state like before."""
+    who = "The inner update"
+    check_pair(who, returned, "Pass an inner whose update returns (updates, state).")
+    for name, tree in zip(("updates", "inner_state"), returned, strict=True):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not _is_array(leaf):
+                raise TypeError(
+                    f"{who} returned {name}{jax.tree_util.keystr(path)} of type "
+                    f"{type(leaf).__name__}, but every leaf of both must be an array. "
+                    "Pass an inner whose init and update return arrays."
+                )
+    remedy = (
+        "A step cannot be skipped if the inner state changes: pass the state that "
+        "inner.init returns, and an inner that keeps its structure and its shapes."
+    )
+    check_like(who, "inner_state", returned[1], state, remedy)
 
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
-
-
-def _check_like(new_state: Any, state: Any) -> None:
-    """Raises if the inner state has another structure or other shapes than before."""
-    before, after = jax.tree.structure(state), jax.tree.structure(new_state)
-    if before != after:
-        raise ValueError(
-            f"The inner update returned a state of the structure {after} for one of "
-            f"{before}. A step cannot be skipped if the inner state changes: pass the "
-            "state that inner.init returns, and an inner that keeps its structure."
-        )
-    for (path, new), old in zip(
-        jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True
-    ):
-        if jnp.shape(new) != jnp.shape(old):
-            raise ValueError(
-                f"The inner update returned inner_state{jax.tree_util.keystr(path)} of "
-                f"shape {jnp.shape(new)} for one of {jnp.shape(old)}. Pass the state "
-                "that inner.init returns, and an inner that keeps its shapes."
-            )
 
 
 def _check_scalars(state: ClipByGlobalNormState | SkipByGlobalNormState) -> None:

@@ -67,7 +67,7 @@ def split_updates(
     """
     arrays, treedef = jax.tree.flatten(updates)
     join = treedef.unflatten
-    # Checked first: looking for the rest is most of what a call costs outside ``jit``.
+    # The usual case first: the search for others is most of a call outside ``jit``.
     if not all(map(_is_inexact_array, arrays)):
         arrays, join = _split_unusual(updates)
     if axis_name is None:
@@ -228,7 +228,7 @@ def _is_inexact_array(leaf: object) -> bool:
 
 
 def _unwrapped(leaf: Any) -> Any:
-    """The array in an object that is none itself, but converts to one in JAX."""
+    """The array that an object converts to by ``__jax_array__``; others as they are."""
     if isinstance(leaf, jax.Array) or not hasattr(leaf, "__jax_array__"):
         return leaf
     return leaf.__jax_array__()

@@ -174,8 +174,9 @@ ARRAYS = (
 )
 STRUCTURE = (
     "A step cannot be skipped if the inner state changes: pass the state that "
-    "inner.init returns, and an inner that keeps its structure."
+    "inner.init returns, and an inner that keeps its structure and its shapes."
 )
+KEPT = "Return the structure and the shapes that init returns."
 
 ROWS = [
     # The threshold.
@@ -578,14 +579,13 @@ ROWS = [
     (
         lambda: own(jnp.zeros(2), (1.0, jnp.zeros(3))),
         ValueError,
-        "Threshold.update returned state of shape (3,) for one of (2,). Return the "
-        "shape that init returns.",
+        f"Threshold.update returned state of shape (3,) for one of (2,). {KEPT}",
     ),
     (
         lambda: own(jnp.zeros(2), (1.0, (jnp.zeros(2), jnp.zeros(2)))),
         ValueError,
         "Threshold.update returned a state of the structure PyTreeDef((*, *)) for one "
-        "of PyTreeDef(*). Return the structure that init returns.",
+        f"of PyTreeDef(*). {KEPT}",
     ),
     (
         lambda: own(jnp.int32(2), (1.0, jnp.float32(2))),
@@ -672,8 +672,8 @@ ROWS = [
     (
         lambda: around(jnp.ones(2), (GRADS, jnp.ones(1))),
         ValueError,
-        "The inner update returned inner_state of shape (1,) for one of (2,). Pass the "
-        "state that inner.init returns, and an inner that keeps its shapes.",
+        "The inner update returned inner_state of shape (1,) for one of (2,). "
+        f"{STRUCTURE}",
     ),
     # Metrics.
     (
