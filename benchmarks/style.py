@@ -14,10 +14,9 @@ import matplotlib.axes  # noqa: E402
 import matplotlib.figure  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 
-TEXT = "#768390"
+from optax_globalclip._demo import BLUE, ORANGE, STYLE, TEXT  # noqa: E402
+
 FAINT = "#76839055"
-BLUE = "#2f81f7"
-ORANGE = "#db6d28"
 GREEN = "#2da44e"
 PURPLE = "#a371f7"
 AMBER = "#b58407"
@@ -39,22 +38,10 @@ NAMES = {"ours": "optax_globalclip", "by hand": "by hand"}
 
 # A decorator for functions that draw.
 applied = matplotlib.rc_context(
-    {
+    STYLE
+    | {
         "figure.constrained_layout.use": True,
-        "savefig.transparent": True,
         "savefig.dpi": 140,
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": TEXT,
-        "axes.labelcolor": TEXT,
-        "axes.titlecolor": TEXT,
-        "text.color": TEXT,
-        "xtick.color": TEXT,
-        "ytick.color": TEXT,
         "grid.color": FAINT,
     }
 )

@@ -9,7 +9,7 @@ undoes all the training before it, unless it is clipped.
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,26 @@ except ImportError as error:
 
 BATCH_SIZE = 50
 HIDDEN = 256
-COLOURS = {"no clipping": "#D55E00", "clipped": "#0072B2"}
+
+# Of all figures: each colour can be read on white and on black, and the background is
+# transparent.
+TEXT, BLUE, ORANGE = "#768390", "#2f81f7", "#db6d28"
+COLOURS = {"no clipping": ORANGE, "clipped": BLUE}
+STYLE: dict[str, Any] = {
+    "savefig.transparent": True,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.titlecolor": TEXT,
+    "text.color": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+}
 
 USAGE = """\
 In your own loop:
@@ -174,32 +193,58 @@ def train_step(
 
 
 def plot(runs: dict[str, Run], max_norm: float, path: str) -> None:
-    """Draws the norm and the loss over the steps into a file."""
+    """Draws the loss and the norms over the steps into a file."""
     import matplotlib.pyplot as plt
 
-    figure, (above, below) = plt.subplots(
-        2, sharex=True, figsize=(8, 6), layout="constrained"
-    )
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplot_mosaic(
+            [["loss", "loss"], list(runs)],
+            figsize=(8, 6),
+            height_ratios=(3, 2),
+            layout="constrained",
+        )
+        _draw_losses(panels["loss"], runs)
+        for name, run in runs.items():
+            _draw_norms(panels[name], name, run, max_norm)
+        lows, highs = zip(*(panels[name].get_ylim() for name in runs), strict=True)
+        for name in runs:
+            panels[name].set_ylim(min(lows), max(highs))
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _draw_losses(axes: Any, runs: dict[str, Run]) -> None:
+    axes.axhline(math.log(10), color=TEXT, lw=1, ls=":")
+    axes.annotate("guessing", (1, math.log(10)), (3, 4), textcoords="offset points")
     for name, run in runs.items():
-        steps = np.arange(1, len(run.norms) + 1)
-        label = f"{name}: {run.accuracy:.0%} right in the end"
-        above.plot(steps, run.norms, color=COLOURS[name], lw=0.7, label=label)
-        below.plot(steps, _smooth(run.losses), color=COLOURS[name], lw=1.5, label=label)
-    above.axhline(max_norm, color="black", lw=1, ls="--")
-    above.annotate(
-        f"max_norm = {max_norm:g}", (1, max_norm), (3, -11), textcoords="offset points"
-    )
-    above.set(yscale="log", ylabel="global norm of the gradients")
-    below.axhline(math.log(10), color="grey", lw=1, ls=":")
-    below.annotate(
-        "guessing", (1, math.log(10)), (3, 3), textcoords="offset points", color="grey"
-    )
-    below.set(ylabel="training loss (mean of 25 steps)", xlabel="step", ylim=(0, 4))
-    below.legend(loc="upper right", frameon=False)
-    for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        losses = _smooth(run.losses)
+        axes.plot(np.arange(1, len(losses) + 1), losses, color=COLOURS[name], lw=2)
+        axes.annotate(
+            f"{name}:\n{run.accuracy:.0%} right",
+            (len(losses), np.nan_to_num(losses[-1])),
+            (8, 0),
+            textcoords="offset points",
+            color=COLOURS[name],
+            weight="bold",
+        )
+    axes.set(ylim=(0, None), xlabel="step")
+    axes.set_title("Training loss (mean of 25 steps), and digits right in the end")
+
+
+def _draw_norms(axes: Any, name: str, run: Run, max_norm: float) -> None:
+    axes.plot(np.arange(1, len(run.norms) + 1), run.norms, color=COLOURS[name], lw=0.7)
+    axes.set(yscale="log", xlabel="step", ylabel="global norm")
+    if run.clip_fraction:
+        axes.axhline(max_norm, color=TEXT, lw=1, ls="--")
+        axes.annotate(
+            f"clipped to {max_norm:g}",
+            (1, max_norm),
+            (0, -12),
+            textcoords="offset points",
+        )
+        axes.set_title("Norm before the clip")
+    else:
+        axes.set_title(f"Norm, {name}")
 
 
 def _smooth(losses: np.ndarray, window: int = 25) -> np.ndarray:
