@@ -81,7 +81,9 @@ def norms(shapes: Any) -> Callable[[str], Row]:
         squares = [np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in tree]
         exact = math.sqrt(math.fsum(squares))
         theirs, ours = optax.global_norm(tree), optax_globalclip.global_norm(tree)
-        return Row(f"{case}: {exact:.1f}", f"{float(theirs):.1f}", f"{float(ours):.1f}")
+        return Row(
+            f"{case} (exact: {exact:.1f})", f"{float(theirs):.1f}", f"{float(ours):.1f}"
+        )
 
     return row
 
@@ -146,10 +148,10 @@ ROWS: dict[str, Callable[[str], Row]] = {
     "[3, 4], clipped to -1": clipped(jnp.array([3.0, 4.0]), -1.0),
     "gradient through the clip at [0, 0]": slope_at_zero,
     "norm after clipping to 1 on 8 devices, in shard_map": under_shard_map,
-    "bfloat16 updates, max_norm a float32 array": clipped(
+    "bfloat16 [1], clipped to a float32 array 0.5": clipped(
         jnp.ones(1, jnp.bfloat16), jnp.float32(0.5)
     ),
-    "float0 leaf (the gradient of an integer)": clipped(
+    "[1] beside a float0 leaf (the gradient of an integer), clipped to 0.5": clipped(
         [jnp.ones(1), np.zeros(1, jax.dtypes.float0)], 0.5
     ),
 }

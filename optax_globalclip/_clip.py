@@ -73,8 +73,8 @@ def clip_updates(
     ======================== ===================================================
     case                     result
     ======================== ===================================================
-    norm 0                   the zeros that came in, whatever ``max_norm``
-    inf or NaN in an entry   as ``nonfinite`` says, whatever ``max_norm``
+    norm 0                   the zeros that came in, unless ``max_norm`` is NaN
+    inf or NaN in an entry   as ``nonfinite`` says, unless ``max_norm`` is None
     ``max_norm=0``           zeros
     ``max_norm=inf``         never clips
     negative ``max_norm``    ValueError; 0 if it is a JAX array
@@ -103,10 +103,10 @@ def clip_updates(
     Raises:
       TypeError: for an integer, bool or other leaf without a norm, by its path; for
         a ``max_norm`` or ``use_norm`` that is no real number.
-      ValueError: for a Python or NumPy number as ``max_norm`` or ``use_norm`` that is
-        negative, or as ``max_norm`` that is NaN; for either if it is not a scalar; for
-        an ``ord`` less than 1, an unknown ``nonfinite``, or one other than ``"nan"`` if
-        ``max_norm`` is None.
+      ValueError: if ``max_norm`` or ``use_norm`` is negative or not a scalar, if
+        ``max_norm`` is NaN, or if ``ord`` is less than 1 (numbers of Python and NumPy
+        only: the value of a JAX array is never read); if ``nonfinite`` is unknown, or
+        not ``"nan"`` while ``max_norm`` is None.
 
     Example:
       >>> import jax.numpy as jnp

@@ -11,7 +11,7 @@ from ._transform import ClipByGlobalNormState, SkipByGlobalNormState
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """The scalars of clips and skips, found anywhere inside an optimizer's state.
+    """Collects the scalars of all clips and skips in an optimizer's state.
 
     Works inside and outside ``jit``, through every wrapper whose state is a pytree
     (``chain``, ``partition``, ``masked``, ``MultiSteps``, ``inject_hyperparams``). The
@@ -25,17 +25,17 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     Returns:
       float32 scalars. Of a clip, under the names
 
-      * ``global_norm``: the norm before the last clip,
+      * ``global_norm``: the norm of the last update, before the clip,
       * ``clipped_norm``: the norm after it,
       * ``clip_scale``: what the updates were multiplied by,
-      * ``threshold``: what the norm was clipped to,
+      * ``threshold``: the threshold at the last update,
       * ``clip_fraction``: the share of all updates so far that were clipped,
       * ``nonfinite_fraction``: the share that had an inf or NaN entry;
 
       and of a skip, under the names
 
       * ``global_norm``: the norm of the last step, taken or skipped,
-      * ``threshold``: above what norm it was to be skipped,
+      * ``threshold``: the norm above which it was to be skipped,
       * ``skip_fraction``: the share of all steps so far that were skipped.
 
       If there are several such states, each name is prefixed with the path of its

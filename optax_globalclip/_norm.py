@@ -50,7 +50,7 @@ _LARGE = 2**22
 def global_norm(
     updates: optax.Updates, *, ord: Numeric = 2, axis_name: AxisName = None
 ) -> jax.Array:
-    r"""The norm of all entries of a tree, taken as one long vector.
+    r"""Returns the norm of all entries of a tree, taken as one vector.
 
     .. math:: \lVert g \rVert_p = \Big(\sum_i |g_i|^p\Big)^{1/p}
 
@@ -62,8 +62,8 @@ def global_norm(
       of the result's dtype: entries whose powers overflow or underflow are rescaled.
       (For orders other than 2, and where auto mesh axes leave the sharding to XLA, it
       reads subnormal entries as zero on CPU.)
-    * It is the norm of whole leaves however they are sharded, at one all-reduce for
-      all leaves split over the same mesh axes (XLA merges fewer where axes are auto).
+    * It is the norm of whole leaves however they are sharded. All leaves split over
+      the same mesh axes share one all-reduce, or a few where axes are auto.
     * It can be differentiated twice. Its gradient at zero is zero.
     * Outside ``jit`` it is one compiled call.
 
@@ -88,7 +88,8 @@ def global_norm(
       axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the
         mesh axes over which leaves are sharded, as a name, a tuple of names, or
         a tree prefix of them; ``()`` for leaves that every device holds whole, as
-        it is for all if nothing is passed. Elsewhere the types of the leaves tell.
+        all do if it is None. Under ``vmap``: the name, for one norm of all examples.
+        Elsewhere None: the types of the leaves say how they are sharded.
 
     Returns:
       A float32 scalar; float64 if any leaf is float64 or complex128.
@@ -118,7 +119,7 @@ def global_norm(
 def leaf_norms(
     updates: optax.Updates, *, ord: Numeric = 2, axis_name: AxisName = None
 ) -> optax.Updates:
-    """The norm of each leaf by itself, to log layers or to find the bad one.
+    """Measures each leaf by itself, to log layers or to find a leaf with a NaN.
 
     Args:
       updates: as for :func:`global_norm`.

@@ -37,8 +37,8 @@ class Threshold(NamedTuple):
         global norm before the clip, a float32 scalar; ``count`` the number of
         updates before this one, an int32 scalar; ``threshold`` a real scalar, which
         the norm is compared with in float32. The new state is kept only if ``norm``
-        is finite. Both functions are called by ``update`` of the transformation, in
-        Python, each time.
+        is finite. The transformation calls this in Python at each of its updates, and
+        ``init`` too if the state has no leaves.
 
     :func:`zscore_threshold` and :func:`quantile_threshold` are two.
 
@@ -265,8 +265,8 @@ def zscore_threshold(
         \mu' = \alpha \mu + (1 - \alpha) c, \qquad
         \sigma'^2 = \alpha \sigma^2 + (1 - \alpha) (c - \mu')^2.
 
-    Plain ZClip never leaves a level that norms have left for good: each new norm is a
-    spike, and as such hardly moves the mean. So there are two departures:
+    If the norms rise to a new level for good, plain ZClip keeps clipping: each norm
+    counts as a spike, and a spike hardly moves the mean. So there are two departures:
 
     * If :math:`\sigma = 0`, there is no z-score, and a norm above :math:`\mu` is not
       clipped.
@@ -277,8 +277,8 @@ def zscore_threshold(
       :math:`\mu` and :math:`\sigma` are right, whatever the distribution. The sum then
       has no upward drift. A greater share shows that they are out of date.
 
-    A spike among the first norms counts in full: chain a constant clip as well if your
-    norms begin with some. The authors' code differs in that it
+    A spike during warm-up enters the moments unclipped. To limit it, chain a constant
+    clip before this one. The authors' code differs in that it
 
     * clips to a constant 1 as well, even in warm-up;
     * adds 1e-6 to the standard deviation, which decides the threshold of small norms;

@@ -82,17 +82,17 @@ def clip_by_global_norm(
 
     .. math:: g_i \leftarrow g_i \cdot \min(1, \text{max\_norm} / \lVert g \rVert)
 
-    A drop-in for ``optax.clip_by_global_norm``. What it guarantees of the updates,
-    and what it does in each edge case, is the table of :func:`clip_updates`. Of the
-    state it guarantees that:
+    A drop-in for ``optax.clip_by_global_norm``. :func:`clip_updates` has the guarantees
+    and the edge cases of the updates. The state has these guarantees:
 
-    * it has the same structure, shapes and dtypes from ``init`` and from every
-      update, with and without ``jax_enable_x64``;
-    * it lies, from ``init`` on, on every device of the mesh that the parameters are on;
-    * ``init`` looks at no value: it takes None and abstract arrays as well;
-    * whatever else is passed as the state (``None``, ``optax.EmptyState()``, another
-      transformation's state) counts as the state before any update, because Optax's
-      clip ignores its state, and published code relies on that.
+    * It has the same structure, shapes and dtypes from ``init`` and from every
+      update, with and without ``jax_enable_x64``.
+    * If ``init`` is called outside ``jit``, the state lies on every device of the mesh
+      that the parameters are on.
+    * ``init`` reads no value: it takes None and abstract arrays as well.
+    * Any other object passed as the state (``None``, ``optax.EmptyState()``, another
+      transformation's state) counts as the state before the first update. Optax's
+      clip ignores its state, and published code relies on this.
 
     Args:
       max_norm: the largest global norm to let through: a number or scalar array, a
@@ -103,8 +103,8 @@ def clip_by_global_norm(
         right, but costs a second read of the updates.
       nonfinite: what becomes of updates with an inf or NaN entry: ``"nan"`` makes
         every entry NaN, ``"zero"`` makes every entry 0, ``"error"`` adds a
-        ``checkify`` check. All are counted in ``num_nonfinite``, and passed through
-        if ``max_norm`` is None.
+        ``checkify`` check. Such updates are counted in ``num_nonfinite``. If
+        ``max_norm`` is None, they are passed through, and only ``"nan"`` is accepted.
       axis_name: as for :func:`global_norm`.
 
     Returns:
@@ -115,7 +115,8 @@ def clip_by_global_norm(
       TypeError: for a ``max_norm`` that is none of these; from ``update``, for a leaf
         without a norm, by its path.
       ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
-        ``ord`` less than 1, an unknown ``nonfinite``.
+        ``ord`` less than 1, a ``nonfinite`` that is unknown, or not ``"nan"`` while
+        ``max_norm`` is None.
 
     Example:
       >>> import jax
@@ -215,8 +216,8 @@ class SkipByGlobalNormState(NamedTuple):
 
     Attributes:
       global_norm: norm of the updates, float32 scalar; 0 at first.
-      threshold: above what norm they are skipped, float32 scalar; inf at first, and
-        where ``max_norm`` is None.
+      threshold: the norm above which they are skipped, float32 scalar; inf at first,
+        and where ``max_norm`` is None.
       num_updates: updates so far, skipped ones too, int32 scalar; saturates, as the
         next two.
       num_skipped: how many of them were skipped, int32 scalar.
@@ -244,7 +245,7 @@ def skip_by_global_norm(
     axis_name: AxisName = None,
     max_consecutive_skips: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips every step whose norm is not finite or above a threshold.
+    """Skips every step with an inf or NaN entry, or a norm above a threshold.
 
     For such a step the updates are zeros, and the state of ``inner`` stays as it was,
     bit for bit, with all its moments and counters. For any other step, updates and
