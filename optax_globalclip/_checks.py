@@ -105,12 +105,13 @@ def check_static(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, at_least: int, otherwise: str = "") -> None:
-    """Raises if ``value`` is no Python or NumPy integer of at least so much."""
+    """Raises if ``value`` is no Python or NumPy integer that an int32 can count to."""
     check_static(name, value)
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or value < at_least:
+    if not integer or not at_least <= value < 2**31:
         raise ValueError(
-            f"{name}={value!r}: pass an integer of at least {at_least}{otherwise}."
+            f"{name}={value!r}: pass an integer from {at_least} to 2**31 - 1"
+            f"{otherwise}."
         )
 
 

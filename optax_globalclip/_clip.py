@@ -89,11 +89,11 @@ def clip_updates(
       max_norm: the largest global norm to let through, a real scalar; ``None`` to
         measure and never clip.
       use_norm: a scalar to take as the global norm of ``updates``, trusted as
-        given. Nothing is measured then.
+        given; inf if it is too large for the norm's dtype. Nothing is measured then.
       ord: the order of the norm, a real number of at least 1 or ``inf``.
-      nonfinite: what becomes of the updates where an entry or ``use_norm`` is inf
-        or NaN: ``"nan"`` makes every entry NaN, ``"zero"`` makes every entry 0,
-        ``"error"`` adds a ``checkify`` check and otherwise does as ``"nan"``.
+      nonfinite: what becomes of the updates where an entry, or ``use_norm`` if it is
+        given, is inf or NaN: ``"nan"`` makes every entry NaN, ``"zero"`` makes every
+        entry 0, ``"error"`` adds a ``checkify`` check and does as ``"nan"``.
       axis_name: as for :func:`global_norm`.
 
     Returns:

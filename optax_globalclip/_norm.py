@@ -452,7 +452,8 @@ def _lp_norm(ord: jax.Array, leaves: list[Leaf]) -> GlobalNorm:
 
     With q = abs(x)/‖x‖ that is Σ qᵢᵖ⁻¹ sign(xᵢ) ẋᵢ + ‖x‖/p · Σ qᵢᵖ log(qᵢ) ṗ.
     """
-    unit, largest = _unit(leaves)
+    _, largest, unit = _largest_modulus(leaves)
+    largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
 
     def powers(array: jax.Array) -> jax.Array:
         return _power(_moduli(array, unit) / largest, ord)
@@ -483,10 +484,7 @@ def _lp_norm_jvp(primals, tangents):
 @jax.custom_jvp
 def _max_norm(leaves: list[Leaf]) -> GlobalNorm:
     """The largest modulus; its derivative is the mean over all ties."""
-    if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
-        return GlobalNorm.given(_largest_part(leaves), _dtype(leaves))
-    unit, _ = _unit(leaves)
-    return GlobalNorm.scaled(_maximum(leaves, lambda x: [_moduli(x, unit)]), unit)
+    return _largest_modulus(leaves)
 
 
 @_max_norm.defjvp
@@ -535,28 +533,18 @@ def _signs(array: jax.Array, norm: GlobalNorm) -> list[jax.Array]:
     return [part / jnp.where(modulus == 0, 1, modulus) for part in parts]
 
 
-def _unit(leaves: list[Leaf]) -> tuple[jax.Array, jax.Array]:
-    """The largest part of any entry, as a power of two and the rest: 1 to 4."""
-    largest = _largest_part(leaves)
-    largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-    unit = _power_of_two(largest)
-    return unit, largest / unit
-
-
-def _largest_part(leaves: list[Leaf]) -> jax.Array:
-    """The largest real or imaginary part of any entry; a constant."""
+def _largest_modulus(leaves: list[Leaf]) -> GlobalNorm:
+    """The largest modulus of any entry; a constant."""
     leaves, dtype = jax.lax.stop_gradient(leaves), _dtype(leaves)
-    return _maximum(leaves, lambda x: list(map(jnp.abs, real_parts(x, dtype))))
-
-
-def _power_of_two(x: jax.Array) -> jax.Array:
-    """The largest power of two up to x, if its reciprocal is a normal float too."""
-    info = jnp.finfo(x.dtype)
-    exponent = (2 ** (info.bits - 1) - 1) - (2**info.nmant - 1)
-    bits = jax.lax.bitcast_convert_type(x, f"uint{info.bits}")
-    mask = jnp.asarray(exponent, bits.dtype)
-    power = jax.lax.bitcast_convert_type(bits & mask, x.dtype)
-    return jnp.clip(power, float(info.tiny), 1 / float(info.tiny))
+    part = _maximum(leaves, lambda x: list(map(jnp.abs, real_parts(x, dtype))))
+    # The unit has a normal reciprocal.
+    tiny = float(jnp.finfo(dtype).tiny)
+    unit = jnp.where(jnp.isfinite(part) & (part > 0), part, 1)
+    unit = jnp.clip(unit, tiny, 1 / tiny)
+    if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
+        return GlobalNorm(part, part / unit, unit)
+    # A modulus may be larger than both of its parts, and overflow where they do not.
+    return GlobalNorm.scaled(_maximum(leaves, lambda x: [_moduli(x, unit)]), unit)
 
 
 def _power(x: jax.Array, exponent: jax.Array) -> jax.Array:

@@ -92,7 +92,8 @@ def clip_by_global_norm(
     * ``init`` reads no value: it takes None and abstract arrays as well.
     * Any other object passed as the state (``None``, ``optax.EmptyState()``, another
       transformation's state) counts as the state before the first update. Optax's
-      clip ignores its state, and published code relies on this.
+      clip ignores its state, and published code relies on this. (The state of a clip
+      with another adaptive threshold is a TypeError.)
 
     Args:
       max_norm: the largest global norm to let through: a number or scalar array, a

@@ -121,6 +121,8 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     indices = matrix.indices.astype(jnp.promote_types(matrix.indices.dtype, "int32"))
     sizes = matrix.shape[matrix.n_batch :][: matrix.n_sparse]
     sizes = jnp.broadcast_to(jnp.asarray(sizes, indices.dtype), indices.shape)
+    # As in NumPy, negative indices count from the end.
+    indices = jnp.where(indices < 0, indices + sizes, indices)
     counted &= jnp.all((indices >= 0) & (indices < sizes), -1)
     counted = jnp.expand_dims(counted, tuple(range(-matrix.n_dense, 0)))
     data = matrix.data.astype(wide(matrix.data, dtype))
@@ -128,7 +130,7 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     if array.unique_indices:
         return data
     return bcoo_sum_duplicates(
-        BCOO((data, matrix.indices), shape=matrix.shape), nse=matrix.nse
+        BCOO((data, indices), shape=matrix.shape), nse=matrix.nse
     ).data
 
 

@@ -192,6 +192,12 @@ def test_no_warmup_waits_for_one_norm(make):
     assert judged == 3
 
 
+def test_quantile_without_warmup_is_the_first_norm_itself():
+    threshold = quantile_threshold(0.5, warmup_steps=0)
+    judged, _ = threshold.update(jnp.float32(3), threshold.init(), jnp.int32(0))
+    assert judged == 3
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [

@@ -607,7 +607,7 @@ ROWS = [
     (
         lambda: zscore_threshold(warmup_steps=2.5),
         ValueError,
-        "warmup_steps=2.5: pass an integer of at least 0.",
+        "warmup_steps=2.5: pass an integer from 0 to 2**31 - 1.",
     ),
     (
         lambda: zscore_threshold(warmup_steps=jnp.int32(3)),
@@ -622,7 +622,7 @@ ROWS = [
     (
         lambda: quantile_threshold(0.5, window=0),
         ValueError,
-        "window=0: pass an integer of at least 1.",
+        "window=0: pass an integer from 1 to 2**31 - 1.",
     ),
     # The inner transformation of a skip, and what it returns.
     (lambda: skip(1.0), TypeError, f"inner=1.0 is no gradient transformation. {INNER}"),
@@ -639,8 +639,19 @@ ROWS = [
     (
         lambda: skip(optax.sgd(1.0), max_consecutive_skips=-1),
         ValueError,
-        "max_consecutive_skips=-1: pass an integer of at least 0, or None for no "
-        "limit.",
+        "max_consecutive_skips=-1: pass an integer from 0 to 2**31 - 1, or None for "
+        "no limit.",
+    ),
+    (
+        lambda: skip(optax.sgd(1.0), max_consecutive_skips=2**31),
+        ValueError,
+        "max_consecutive_skips=2147483648: pass an integer from 0 to 2**31 - 1, or "
+        "None for no limit.",
+    ),
+    (
+        lambda: zscore_threshold(warmup_steps=2**31),
+        ValueError,
+        "warmup_steps=2147483648: pass an integer from 0 to 2**31 - 1.",
     ),
     (
         lambda: skip(optax.sgd(1.0), max_consecutive_skips=jnp.int32(2)),

@@ -20,7 +20,7 @@ def test_names_in_pmap(names):
     tangent = np.zeros(2, jax.dtypes.float0)  # Holds no number, and needs no name.
 
     def norm(shard):
-        tree = {"a": shard[:2], "b": {"c": [shard[2:], tangent], "d": None}}
+        tree = {"a": shard[:2], "b": {"c": [tangent, shard[2:]], "d": None}}
         return global_norm(tree, axis_name=names)
 
     norms = jax.pmap(norm, axis_name="x")(shards)

@@ -249,6 +249,17 @@ def test_gradient_is_that_of_the_inner_or_zero(scale, expected):
     np.testing.assert_array_equal(slopes["w"], np.full((2, 3), expected))
 
 
+def test_state_may_hold_python_numbers():
+    count = optax.GradientTransformation(
+        lambda params: {"steps": 0}, lambda g, state, p: (g, {"steps": 5})
+    )
+    tx = skip_by_global_norm(count, 1e3 * NORM)
+    state = tx.init(PARAMS)._replace(num_updates=7)
+    taken, skipped = (tx.update(scaled(s), state)[1] for s in (1.0, np.nan))
+    assert (taken.num_updates, taken.inner_state["steps"]) == (8, 5)
+    assert (skipped.num_updates, skipped.inner_state["steps"]) == (8, 0)
+
+
 def test_vmap_skips_each_example_by_itself():
     tx = skip_by_global_norm(clip_by_global_norm(1.0), 2 * NORM)
     batch = jax.tree.map(lambda g: jnp.stack([g, 9 * g, g * jnp.nan]), GRADS)

@@ -25,7 +25,10 @@ from optax_globalclip import (
 
 
 def dense_bcoo(data, indices, shape):
-    """Sums the values at each index, by batch; leaves out indices outside the shape."""
+    """Sums the values at each index, by batch; leaves out indices outside the shape.
+
+    As in NumPy, negative indices count from the end.
+    """
     data, indices = _wide(data), np.asarray(indices)
     num_batch, num_sparse = indices.ndim - 2, indices.shape[-1]
     batch = shape[:num_batch]
@@ -37,7 +40,7 @@ def dense_bcoo(data, indices, shape):
     for where in itertools.product(*map(range, batch)):
         for value, index in zip(data[where], indices[where], strict=True):
             sizes = shape[num_batch : num_batch + num_sparse]
-            if all(0 <= i < size for i, size in zip(index, sizes, strict=True)):
+            if all(-size <= i < size for i, size in zip(index, sizes, strict=True)):
                 out[(*where, *index)] += value
     return out
 
@@ -51,13 +54,13 @@ def dense_bcsr(data, indices, indptr, shape):
         np.asarray(indices), (*batch, *indices.shape[len(batch) :])
     )
     indptr = np.broadcast_to(indptr, (*batch, indptr.shape[-1]))
-    out = np.zeros(shape, data.dtype)
+    out, columns = np.zeros(shape, data.dtype), shape[len(batch) + 1]
     for where in itertools.product(*map(range, batch)):
         rows = indptr[where]
         for row in range(shape[len(batch)]):
             for k in range(rows[row], rows[row + 1]):
                 column = indices[where][k]
-                if 0 <= column < shape[len(batch) + 1]:
+                if -columns <= column < columns:
                     out[(*where, row, column)] += data[where][k]
     return out
 
@@ -116,6 +119,16 @@ DUPLICATES = {
         np.ones(512), np.zeros(512), [0, 512, 512], (2, 2), "bfloat16"
     ),
     "complex": lambda: bcoo([1 + 1j, 1 - 1j, 3j], [[0], [0], [1]], (2,), "complex64"),
+}
+NEGATIVE = {
+    "from the end": lambda: bcoo([3.0, 4.0], [[-1], [0]], (4,)),
+    "the same index twice": lambda: bcoo([3.0, 4.0], [[-1], [3]], (4,)),
+    "unique": lambda: bcoo([3.0, 4.0], [[-1], [0]], (4,), unique_indices=True),
+    "too far": lambda: bcoo([3.0, 100.0], [[-4], [-5]], (4,)),
+    "in one of two dimensions": lambda: bcoo(
+        [3.0, 4.0, 99.0], [[0, -1], [0, 1], [-3, 0]], (2, 2)
+    ),
+    "compressed": lambda: bcsr([3.0, 4.0, 5.0], [-1, 1, 0], [0, 2, 3], (2, 2)),
 }
 PADDED = {
     "just outside": lambda: bcoo([3.0, 4.0, 100.0], [[0], [1], [3]], (3,)),
@@ -182,6 +195,7 @@ MATRICES = {
     f"{group}: {name}": make
     for group, matrices in {
         "duplicates": DUPLICATES,
+        "negative": NEGATIVE,
         "padded": PADDED,
         "compressed": COMPRESSED,
         "batches": BATCHES,

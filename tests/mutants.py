@@ -1,0 +1,145 @@
+"""Mutation testing: how many single changes to the package does the default run catch?
+
+    pip install -e '.[mutation]' && python tests/mutants.py
+
+draws a sample of the mutants that Cosmic Ray makes, runs the default tests on each, and
+writes what it found to ``tests/mutants.json``. ``tests/mutants.md`` says of each known
+survivor why no test could tell it from the original. A survivor that is not listed
+there is an error. The settings are in ``pyproject.toml``.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import datetime
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+
+from cosmic_ray.commands import init
+from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import MutationSpec
+from rich.progress import Progress
+
+ROOT = pathlib.Path(__file__).parent.parent
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
+RESULTS, REASONS = ROOT / "tests/mutants.json", ROOT / "tests/mutants.md"
+TIMEOUT_S = 1200
+
+
+def all_mutants() -> list[MutationSpec]:
+    """Every mutant of the package, but for those of its type annotations."""
+    os.chdir(ROOT)
+    modules = sorted(pathlib.Path(SETTINGS["package"]).glob("*.py"))
+    modules = [path for path in modules if path.name not in SETTINGS["exclude-modules"]]
+    with use_db(":memory:", WorkDB.Mode.create) as database:
+        init(modules, database, {})
+        drawn = [item.mutations[0] for item in database.work_items]
+    annotated = {str(path): set(annotated_lines(path)) for path in modules}
+    return [
+        mutant
+        for mutant in drawn
+        if "BitOr" not in mutant.operator_name
+        or mutant.start_pos[0] not in annotated[str(mutant.module_path)]
+    ]
+
+
+def annotated_lines(path: pathlib.Path) -> Iterator[int]:
+    """The lines of signatures and fields, in which ``|`` joins types."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        for annotation in (
+            getattr(node, "annotation", None),
+            getattr(node, "returns", None),
+        ):
+            if annotation is not None:
+                yield from range(annotation.lineno, annotation.end_lineno + 1)
+
+
+def copy_of_the_tree() -> None:
+    """Moves this process into a copy, because a mutant is a change of a file."""
+    copy = pathlib.Path(tempfile.mkdtemp()) / "tree"
+    tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
+    for name in tracked.strip("\0").split("\0"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    os.chdir(copy)
+    # Not the installed package; no cases that another run would not draw.
+    os.environ |= {"PYTHONPATH": str(copy), "CI": "true"}
+
+
+def outcome(mutant: MutationSpec) -> dict[str, object]:
+    """Runs the default tests on a mutant, those of its own module first."""
+    module = pathlib.Path(mutant.module_path).stem
+    first = [f"tests/{name}.py" for name in SETTINGS["first"].get(module, [])]
+    tests = " ".join([*first, "tests", SETTINGS["package"]])
+    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"
+    result = mutate_and_test([mutant], command, TIMEOUT_S)
+    test = re.search(r"^(?:FAILED|ERROR) (\S+)", result.output or "", re.MULTILINE)
+    return {
+        "module": str(mutant.module_path),
+        "line": mutant.start_pos[0],
+        "operator": mutant.operator_name.removeprefix("core/"),
+        "change": changed_lines(result.diff or ""),
+        "outcome": result.test_outcome.value if result.test_outcome else "none",
+        "killed_by": test[1] if test else None,
+    }
+
+
+def changed_lines(diff: str) -> list[str]:
+    lines = diff.splitlines()
+    return [x for x in lines if re.match(r"[-+](?![-+])", x) and x.strip("+- ")]
+
+
+def main() -> None:
+    """Draws, runs, and reports."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, default=SETTINGS["sample"])
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    mutants = all_mutants()
+    drawn = random.Random(args.seed).sample(mutants, min(args.sample, len(mutants)))
+    found = []
+    with (
+        Progress() as progress,
+        concurrent.futures.ProcessPoolExecutor(
+            args.processes, initializer=copy_of_the_tree
+        ) as pool,
+    ):
+        task = progress.add_task(f"{len(drawn)} of {len(mutants)}", total=len(drawn))
+        for future in concurrent.futures.as_completed(
+            [pool.submit(outcome, mutant) for mutant in drawn]
+        ):
+            found.append(future.result())
+            if found[-1]["outcome"] != "killed":
+                progress.console.print(found[-1])
+            progress.advance(task)
+    survivors = [mutant for mutant in found if mutant["outcome"] != "killed"]
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "mutants": len(mutants),
+        "drawn": len(drawn),
+        "seed": args.seed,
+        "killed": len(drawn) - len(survivors),
+        "survivors": survivors,
+        "killed_by": sorted({m["killed_by"] for m in found if m["killed_by"]}),
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{report['killed']} of {len(drawn)} killed; written to {RESULTS.name}.")
+    listed = REASONS.read_text()
+    unknown = [m for m in survivors if m["change"][-1].lstrip("+ ") not in listed]
+    if unknown:
+        sys.exit(f"{len(unknown)} of the survivors are not in {REASONS.name}.")
+
+
+if __name__ == "__main__":
+    main()
