@@ -8,7 +8,7 @@ NOTHING IS MEASURED. The compilers for TPUs and GPUs need an environment each:
     pip install -e '.[demo]' 'jax[cuda12]' && python -m benchmarks.accelerators
 
 Each run writes results/compiled-<target>.json, and the figure of all such files. A run
-of some of the cases replaces their rows there, and keeps the others.
+of some cases or contenders replaces their rows there, and keeps the others.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,11 +69,20 @@ class Case:
         """As the progress bar shows it, and ``--cases`` selects it."""
         return f"{self.name}, {self.dtype}"
 
+    def only(self, names: Sequence[str]) -> "Case":
+        """The case with some of its contenders."""
+        kept = tuple(name for name in self.contenders if name in names)
+        return dataclasses.replace(self, contenders=kept)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Compiles every program, prints the tables, and writes them with a figure."""
     args = _parser().parse_args(arguments)
-    todo = [case for case in plan(quick=args.quick) if args.cases in str(case)]
+    todo = [
+        case.only(args.contenders or case.contenders)
+        for case in plan(quick=args.quick)
+        if args.cases in str(case)
+    ]
     # Constants are arrays too, and may not be put on the accelerator.
     jax.config.update("jax_platforms", "cpu")
     console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
@@ -91,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="AdamW in float32")
     parser.add_argument("--cases", default="", metavar="NAME", help="a part of theirs")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS))
+    parser.add_argument("--contenders", nargs="+", choices=list(contenders()))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
     return parser
 
@@ -238,10 +248,14 @@ def row(case: Case, clip: str, compiled: Compiled) -> dict[str, Any]:
 
 
 def merged(path: pathlib.Path, target: Target, rows: cases.Rows) -> dict[str, Any]:
-    """The results with these rows in place of those of the same cases."""
+    """The results with these rows in place of those of the same programs."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    new = {(each["case"], each["dtype"]) for each in rows}
-    kept = [each for each in old if (each["case"], each["dtype"]) not in new]
+
+    def program(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["case"], row["dtype"], row["contender"]
+
+    new = set(map(program, rows))
+    kept = [each for each in old if program(each) not in new]
     return {
         "target": target.title,
         "what": NOT_MEASURED,
