@@ -4,9 +4,10 @@ The default run draws a few cases of each mode. This draws 20,000 of each:
 
     HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_properties.py
 
-On 2026-11-21 all five modes passed their 20,000 cases, at commit 58a40bb (jax 0.10.2, two
-CPU cores, 33 minutes). The run before had found that values at one index of a sparse
-matrix may overflow as they are summed, and that results below 2e-37 may become 0:
+On 2026-11-21 all five modes passed their 20,000 cases, at commit 58a40bb (jax 0.10.2,
+two CPU cores, 33 minutes). The run before had found that values at one index of a
+sparse matrix may overflow as they are summed, and that results below 2e-37 may become
+0:
 ``test_values_at_one_index_that_overflow_are_an_infinite_entry`` and
 ``test_results_far_below_one_are_scaled_by_two_normal_factors``.
 
