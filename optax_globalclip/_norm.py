@@ -41,6 +41,9 @@ from ._tree import (
 _SMALL, _MANY, _FEW = 4096, 64, 16
 # The most rows that are reduced to a number each.
 _ROWS = 8192
+# A TPU keeps _LANES columns side by side. A single leaf of _SPLIT entries is split into
+# up to _FEW blocks of columns. Smaller ones may lie in VMEM already.
+_LANES, _SPLIT = 128, 2**22
 
 
 @explained()
@@ -331,6 +334,7 @@ def _sums_of_squares(
     unknown = [group for group in groups if not is_local(group[0])]
 
     def on_tpu(small: Any, large: Any) -> jax.Array:
+        large = list(map(_split, large))
         return add([vectors(small), numbers(large)]) if small else numbers(large)
 
     def elsewhere(small: Any, large: Any) -> jax.Array:
@@ -384,6 +388,18 @@ def _sums_by_numbers(
 
     # Stacked last: XLA adds scalars before it reduces them over devices.
     return jnp.stack(list(map(total, factors)))
+
+
+def _split(arrays: list[jax.Array]) -> list[jax.Array]:
+    """A single large array as blocks of columns, which a TPU reads side by side."""
+    array, *more = arrays
+    if more or not _is_static(array) or array.ndim < 2 or array.size < _SPLIT:
+        return arrays
+    blocks, rest = divmod(array.shape[-1], _LANES)
+    if rest or not blocks:
+        return arrays
+    count = max(n for n in range(1, _FEW + 1) if blocks % n == 0)
+    return jnp.split(array, count, -1)
 
 
 def _squares(
