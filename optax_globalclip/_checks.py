@@ -108,7 +108,7 @@ def check_count(name: str, value: Any, at_least: int, otherwise: str = "") -> No
     """Raises if ``value`` is no Python or NumPy integer that an int32 can count to."""
     check_static(name, value)
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or not at_least <= value < 2**31:
+    if not integer or not at_least <= int(value) < 2**31:
         raise ValueError(
             f"{name}={value!r}: pass an integer from {at_least} to 2**31 - 1"
             f"{otherwise}."

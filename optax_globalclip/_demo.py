@@ -38,7 +38,7 @@ HIDDEN = 256
 # transparent.
 TEXT, BLUE, ORANGE = "#768390", "#2f81f7", "#db6d28"
 COLOURS = {"no clipping": ORANGE, "clipped": BLUE}
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "savefig.transparent": True,
     "font.size": 10,
     "axes.titlesize": 10.5,
