@@ -38,8 +38,8 @@ NAMES = {"ours": "optax_globalclip", "by hand": "by hand"}
 
 # A decorator for functions that draw.
 applied = matplotlib.rc_context(
-    STYLE
-    | {
+    {
+        **STYLE,
         "figure.constrained_layout.use": True,
         "savefig.dpi": 140,
         "grid.color": FAINT,
