@@ -39,11 +39,11 @@ from ._tree import (
 # before they are reduced; of larger ones, up to _FEW. Each reduction is a kernel, and
 # each addend one of its operands.
 _SMALL, _MANY, _FEW = 4096, 64, 16
-# The most rows that are reduced to a number each.
-_ROWS = 8192
-# A TPU keeps _LANES columns side by side. A single leaf of _SPLIT entries is split into
-# up to _FEW blocks of columns. Smaller ones may lie in VMEM already.
-_LANES, _SPLIT = 128, 2**22
+# A TPU keeps _LANES columns side by side. If rows are shorter, or more than _ROWS, they
+# are reduced to one number at once.
+_LANES, _ROWS = 128, 8192
+# Arrays of so many entries are split. Smaller ones may lie in a TPU's VMEM already.
+_LARGE = 2**22
 
 
 @explained()
@@ -325,81 +325,61 @@ def _three_sums(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
 def _sums_of_squares(
     groups: list[list[jax.Array]], dtype: jnp.dtype, factors: Sequence[float | None]
 ) -> jax.Array:
-    """The sums of squares of all entries times each factor, in one read of them."""
-    vectors = functools.partial(_sums_by_vectors, dtype=dtype, factors=factors)
-    numbers = functools.partial(_sums_by_numbers, dtype=dtype, factors=factors)
+    """The sums of squares of all entries times each factor, in one read of them.
+
+    One kernel reduces each group to the sums of its rows. A few kernels more add these
+    vectors, padded to one length. Reducing each group to a number would take two each.
+    """
     local = [group for group in groups if is_local(group[0])]
-    small = [group for group in local if not _is_large(group[0])]
-    large = [group for group in local if _is_large(group[0])]
-    unknown = [group for group in groups if not is_local(group[0])]
-
-    def on_tpu(small: Any, large: Any) -> jax.Array:
-        large = list(map(_split, large))
-        return add([vectors(small), numbers(large)]) if small else numbers(large)
-
-    def elsewhere(small: Any, large: Any) -> jax.Array:
-        return vectors(small + large)
-
     sums = []
-    if large:
-        platforms = {"tpu": on_tpu, "default": elsewhere}
-        sums.append(jax.lax.platform_dependent(small, large, **platforms))
-    elif small:
-        sums.append(vectors(small))
-    if unknown:
-        sums.append(numbers(unknown))
+    if local:
+        rows = [
+            _added([_sums_of_rows(group, dtype, factor) for group in local])
+            for factor in factors
+        ]
+        sums.append(jnp.sum(jnp.stack(rows), axis=1))
+    if len(local) < len(groups):
+        each = [
+            add([jnp.sum(_squares(g, dtype, f)) for g in groups if not is_local(g[0])])
+            for f in factors
+        ]
+        # Stacked last: XLA adds scalars before it reduces them over devices.
+        sums.append(jnp.stack(each))
     return add(sums)
 
 
-def _sums_by_vectors(
-    groups: list[list[jax.Array]], dtype: jnp.dtype, factors: Sequence[float | None]
+def _added(vectors: list[jax.Array]) -> jax.Array:
+    """Vectors added entry by entry; shorter ones count as if zeros followed."""
+    length = max(vector.size for vector in vectors)
+    return add([jnp.pad(vector, (0, length - vector.size)) for vector in vectors])
+
+
+def _sums_of_rows(
+    arrays: list[jax.Array], dtype: jnp.dtype, factor: float | None
 ) -> jax.Array:
-    """The sums of squares, of each group as a vector first.
-
-    One kernel reduces each group. A few more add the vectors, padded to one length.
-    """
-
-    def total(factor: float | None) -> jax.Array:
-        vectors = [_partial_sums(_squares(g, dtype, factor)) for g in groups]
-        length = max(vector.size for vector in vectors)
-        return add([jnp.pad(vector, (0, length - vector.size)) for vector in vectors])
-
-    return jnp.sum(jnp.stack(list(map(total, factors))), axis=1)
-
-
-def _partial_sums(squares: jax.Array) -> jax.Array:
-    """A short vector with the same sum: the entries, sums of rows, or one number."""
-    if not _is_large(squares):
-        return jnp.ravel(squares)
-    few_rows = _is_static(squares) and math.prod(squares.shape[:-1]) <= _ROWS
-    return jnp.ravel(jnp.sum(squares, -1 if few_rows else None))
-
-
-def _sums_by_numbers(
-    groups: list[list[jax.Array]], dtype: jnp.dtype, factors: Sequence[float | None]
-) -> jax.Array:
-    """The sums of squares, of each group as a number first.
-
-    On a TPU these fuse with what computes the arrays. On a GPU each takes two kernels.
-    """
-
-    def total(factor: float | None) -> jax.Array:
-        return add([jnp.sum(_squares(group, dtype, factor)) for group in groups])
-
-    # Stacked last: XLA adds scalars before it reduces them over devices.
-    return jnp.stack(list(map(total, factors)))
+    """The sums of squares of the rows of arrays of one type; a vector."""
+    squares = _squares(_split(arrays), dtype, factor)
+    axis = None
+    if _is_static(squares):
+        if squares.size <= _SMALL:
+            return jnp.ravel(squares)
+        *rows, columns = squares.shape
+        if columns >= _LANES and math.prod(rows) <= _ROWS:
+            axis = -1
+    return jnp.ravel(jnp.sum(squares, axis))
 
 
 def _split(arrays: list[jax.Array]) -> list[jax.Array]:
-    """A single large array as blocks of columns, which a TPU reads side by side."""
-    array, *more = arrays
-    if more or not _is_static(array) or array.ndim < 2 or array.size < _SPLIT:
+    """A few large arrays as more blocks of columns, which a TPU reads side by side."""
+    first = arrays[0]
+    if not _is_static(first) or first.ndim < 2 or first.size < _LARGE:
         return arrays
-    blocks, rest = divmod(array.shape[-1], _LANES)
+    blocks, rest = divmod(first.shape[-1], _LANES)
     if rest or not blocks:
         return arrays
-    count = max(n for n in range(1, _FEW + 1) if blocks % n == 0)
-    return jnp.split(array, count, -1)
+    most = _FEW // len(arrays)
+    count = max((n for n in range(1, most + 1) if blocks % n == 0), default=1)
+    return [part for array in arrays for part in jnp.split(array, count, -1)]
 
 
 def _squares(
@@ -438,13 +418,10 @@ def _alike(arrays: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
     for i, array in enumerate(arrays):
         groups.setdefault(jax.typeof(array) if is_local(array) else i, []).append(array)
     for group in groups.values():
-        length = _FEW if _is_large(group[0]) else _MANY
+        small = _is_static(group[0]) and group[0].size <= _SMALL
+        length = _MANY if small else _FEW
         for i in range(0, len(group), length):
             yield group[i : i + length]
-
-
-def _is_large(array: jax.Array) -> bool:
-    return not _is_static(array) or array.size > _SMALL
 
 
 def _is_static(array: jax.Array) -> bool:

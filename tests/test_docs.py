@@ -223,12 +223,12 @@ def test_clips_compiled_for_a_gpu_differ_as_the_page_about_cost_says():
 
 
 def test_clips_compiled_for_tpus_differ_as_the_page_about_cost_says():
-    assert "4 to 24% fewer cycles" in DOCS["cost.md"]
+    assert "4 to 37% fewer cycles" in DOCS["cost.md"]
     assert "up to 8% more bytes" in DOCS["cost.md"]
     for target in COMPILED.keys() - {"H100"}:
         for ours, theirs in compared(target):
             if ours["case"] in ("added to AdamW", "ResNet-50"):
-                assert 0.755 <= ours["cycles"] / theirs["cycles"] <= 0.96
+                assert 0.63 <= ours["cycles"] / theirs["cycles"] <= 0.96
             assert ours["hbm_gb"] / theirs["hbm_gb"] < 1.08
     cycles = {
         row["contender"]: row["cycles"]

@@ -1,11 +1,11 @@
 """Mutation testing: how many single changes to the package does the default run catch?
 
-    pip install -e '.[mutation]' && python tests/mutants.py
+    pip install -e '.[mutation]' && python -m benchmarks.mutants
 
 draws a sample of the mutants that Cosmic Ray makes, runs the default tests on each, and
-writes what it found to ``tests/mutants.json``. ``tests/mutants.md`` says of each known
-survivor why no test could tell it from the original. A survivor that is not listed
-there is an error. The settings are in ``pyproject.toml``.
+writes what it found to ``benchmarks/results/mutants.json``. ``benchmarks/mutants.md``
+says of each known survivor why no test could tell it from the original. A survivor that
+is not listed there is an error. The settings are in ``pyproject.toml``.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from rich.progress import Progress
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
-RESULTS, REASONS = ROOT / "tests/mutants.json", ROOT / "tests/mutants.md"
+RESULTS = ROOT / "benchmarks/results/mutants.json"
+REASONS = ROOT / "benchmarks/mutants.md"
 TIMEOUT_S = 1200
 
 
@@ -95,6 +96,7 @@ def outcome(mutant: MutationSpec) -> dict[str, object]:
 
 
 def changed_lines(diff: str) -> list[str]:
+    """The lines that a mutation takes away and adds."""
     lines = diff.splitlines()
     return [x for x in lines if re.match(r"[-+](?![-+])", x) and x.strip("+- ")]
 
