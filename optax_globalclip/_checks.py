@@ -125,19 +125,22 @@ def check_pair(who: str, returned: Any, remedy: str) -> None:
 
 def check_like(who: str, name: str, new_state: Any, state: Any, remedy: str) -> None:
     """Raises if a new state has another structure or other shapes than before."""
-    before, after = jax.tree.structure(state), jax.tree.structure(new_state)
+    leaves, before = jax.tree.flatten(state)
+    new_leaves, after = jax.tree.flatten(new_state)
     if before != after:
         raise ValueError(
             f"{who} returned a state of the structure {after} for one of {before}. "
             f"{remedy}"
         )
-    for (path, new), old in zip(
-        jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True
-    ):
-        if jnp.shape(new) != jnp.shape(old):
+    shapes, new_shapes = (list(map(jnp.shape, x)) for x in (leaves, new_leaves))
+    if shapes == new_shapes:
+        return
+    paths = [path for path, _ in jax.tree.leaves_with_path(new_state)]
+    for path, new, old in zip(paths, new_shapes, shapes, strict=True):
+        if new != old:
             raise ValueError(
                 f"{who} returned {name}{jax.tree_util.keystr(path)} of shape "
-                f"{jnp.shape(new)} for one of {jnp.shape(old)}. {remedy}"
+                f"{new} for one of {old}. {remedy}"
             )
 
 

@@ -289,7 +289,7 @@ def _scaled(
     Multiplied in at least float32, and rounded once to the dtype of the values.
     """
     shift, scale = _factors(threshold, norm, within, zero)
-    # Each leaf's kernel computes it again, where ``within`` takes more operations.
+    # Each leaf's kernel computes this again. ``within`` would take more operations.
     keep = scale == 1
     return [_product_of(value, shift, scale, keep, zero) for value in values]
 

@@ -216,14 +216,17 @@ def plot(runs: dict[str, Run], max_norm: float, path: str) -> None:
 def _draw_losses(axes: Any, runs: dict[str, Run]) -> None:
     axes.axhline(math.log(10), color=TEXT, lw=1, ls=":")
     axes.annotate("guessing", (1, math.log(10)), (3, 4), textcoords="offset points")
-    for name, run in runs.items():
-        losses = _smooth(run.losses)
+    smooth = {name: _smooth(run.losses) for name, run in runs.items()}
+    ends = {name: np.nan_to_num(losses[-1]) for name, losses in smooth.items()}
+    for name, losses in smooth.items():
         axes.plot(np.arange(1, len(losses) + 1), losses, color=COLOURS[name], lw=2)
         axes.annotate(
-            f"{name}:\n{run.accuracy:.0%} right",
-            (len(losses), np.nan_to_num(losses[-1])),
+            f"{name}:\n{runs[name].accuracy:.0%} right",
+            (len(losses), ends[name]),
             (8, 0),
             textcoords="offset points",
+            # One above the other, however close the lines end.
+            va="bottom" if name == max(ends, key=lambda name: ends[name]) else "top",
             color=COLOURS[name],
             weight="bold",
         )

@@ -42,7 +42,7 @@ _SMALL, _MANY, _FEW = 4096, 64, 16
 # A TPU keeps _LANES columns side by side. If rows are shorter, or more than _ROWS, they
 # are reduced to one number at once.
 _LANES, _ROWS = 128, 8192
-# Arrays of so many entries are split. Smaller ones may lie in a TPU's VMEM already.
+# Arrays of at least _LARGE entries are split. Smaller ones may lie in a TPU's VMEM.
 _LARGE = 2**22
 
 
@@ -87,9 +87,10 @@ def global_norm(
         the largest modulus. A traced scalar is accepted, and costs a second read.
       axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the
         mesh axes over which leaves are sharded, as a name, a tuple of names, or
-        a tree prefix of them; ``()`` for leaves that every device holds whole, as
-        all do if it is None. Under ``vmap``: the name, for one norm of all examples.
-        Elsewhere None: the types of the leaves say how they are sharded.
+        a tree prefix of them; ``()`` for leaves that every device holds whole. If
+        None is passed there, all leaves count as whole. Under ``vmap``: the name, for
+        one norm of all examples. Elsewhere the types of the leaves say how they are
+        sharded.
 
     Returns:
       A float32 scalar; float64 if any leaf is float64 or complex128.
@@ -484,6 +485,8 @@ def _lp_norm_jvp(primals, tangents):
 @jax.custom_jvp
 def _max_norm(leaves: list[Leaf]) -> GlobalNorm:
     """The largest modulus; its derivative is the mean over all ties."""
+    if not _any_complex(leaves):
+        return GlobalNorm.given(_largest_part(leaves), _dtype(leaves))
     return _largest_modulus(leaves)
 
 
@@ -535,16 +538,25 @@ def _signs(array: jax.Array, norm: GlobalNorm) -> list[jax.Array]:
 
 def _largest_modulus(leaves: list[Leaf]) -> GlobalNorm:
     """The largest modulus of any entry; a constant."""
-    leaves, dtype = jax.lax.stop_gradient(leaves), _dtype(leaves)
-    part = _maximum(leaves, lambda x: list(map(jnp.abs, real_parts(x, dtype))))
+    leaves, part = jax.lax.stop_gradient(leaves), _largest_part(leaves)
     # The unit has a normal reciprocal.
-    tiny = float(jnp.finfo(dtype).tiny)
+    tiny = float(jnp.finfo(part.dtype).tiny)
     unit = jnp.where(jnp.isfinite(part) & (part > 0), part, 1)
     unit = jnp.clip(unit, tiny, 1 / tiny)
-    if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
-        return GlobalNorm(part, part / unit, unit)
+    if not _any_complex(leaves):
+        return GlobalNorm.scaled(part / unit, unit)
     # A modulus may be larger than both of its parts, and overflow where they do not.
     return GlobalNorm.scaled(_maximum(leaves, lambda x: [_moduli(x, unit)]), unit)
+
+
+def _largest_part(leaves: list[Leaf]) -> jax.Array:
+    """The largest real or imaginary part of any entry; a constant."""
+    leaves, dtype = jax.lax.stop_gradient(leaves), _dtype(leaves)
+    return _maximum(leaves, lambda x: list(map(jnp.abs, real_parts(x, dtype))))
+
+
+def _any_complex(leaves: list[Leaf]) -> bool:
+    return any(jnp.iscomplexobj(leaf.array) for leaf in leaves)
 
 
 def _power(x: jax.Array, exponent: jax.Array) -> jax.Array:

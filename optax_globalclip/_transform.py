@@ -456,13 +456,15 @@ def _check_returned(returned: Any, state: Any) -> None:
     who = "The inner update"
     check_pair(who, returned, "Pass an inner whose update returns (updates, state).")
     for name, tree in zip(("updates", "inner_state"), returned, strict=True):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            if not _is_array(leaf):
-                raise TypeError(
-                    f"{who} returned {name}{jax.tree_util.keystr(path)} of type "
-                    f"{type(leaf).__name__}, but every leaf of both must be an array. "
-                    "Pass an inner whose init and update return arrays."
-                )
+        if all(map(_is_array, jax.tree.leaves(tree))):
+            continue
+        paths = jax.tree.leaves_with_path(tree)
+        path, leaf = next((p, leaf) for p, leaf in paths if not _is_array(leaf))
+        raise TypeError(
+            f"{who} returned {name}{jax.tree_util.keystr(path)} of type "
+            f"{type(leaf).__name__}, but every leaf of both must be an array. Pass an "
+            "inner whose init and update return arrays."
+        )
     remedy = (
         "A step cannot be skipped if the inner state changes: pass the state that "
         "inner.init returns, and an inner that keeps its structure and its shapes."

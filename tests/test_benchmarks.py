@@ -251,6 +251,19 @@ def test_trees_have_the_sizes_of_the_models():
     assert sum(leaf.size for leaf in leaves) == 70_553_706_496
 
 
+def test_mutants_that_are_explained_are_known_by_what_they_add():
+    pytest.importorskip("cosmic_ray")
+    from benchmarks import mutants
+
+    known = mutants.equivalent(mutants.REASONS.read_text())
+    assert len(known) >= 2
+    zipped = ["-    zip(a, b, strict=True)", "+    zip(a, b, strict=False)"]
+    assert mutants.is_known(zipped, known)
+    assert mutants.is_known(["-jnp.sign(parts[0])", "+jnp.sign(parts[ -1])"], known)
+    assert not mutants.is_known(["-zip(a, b, strict=False)", "+a"], known)
+    assert not mutants.is_known(["-a + b", "+a - b"], known)
+
+
 def test_results_hold_every_case_of_the_plan():
     written = json.loads((RESULTS / "cpu-2-cores.json").read_text())
     timed = {(row["case"], row["dtype"]) for row in written["rows"]}
