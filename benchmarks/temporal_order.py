@@ -8,6 +8,7 @@ fresh sequences, which are drawn every 1,000 updates if that on 1,000 is below 2
 
 One network is trained after the other, on one core, until it succeeds. Each result is
 kept: if the command is started again, it trains only the networks that are missing.
+The rows of other lengths stay in the file, if they are of as many steps and seeds.
 """
 
 import functools
@@ -39,7 +40,7 @@ TEST_SIZE = 10_000
 QUICK_TEST_SIZE = 1000
 SUCCESS = 0.01
 CHECK_EVERY = 1000
-LENGTHS = [10, 20, 40, 60]
+LENGTHS = [10, 20, 40, 60, 100]
 STEPS = 40_000
 SEEDS = 20
 
@@ -88,18 +89,26 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     part = args.out / f"temporal-order-{args.steps}.part.json"
     networks = train_all(args.lengths, args.seeds, args.steps, part)
-    rows = summarized(networks)
+    file = args.out / "temporal-order.json"
+    setting = {"versions": versions(), "steps": args.steps, "seeds": args.seeds}
+    rows = with_other_lengths(summarized(networks), file, setting)
     rich.console.Console().print(table(rows))
-    results = {
-        "versions": versions(),
-        "steps": args.steps,
-        "seeds": args.seeds,
-        "rows": rows,
-    }
-    command.write(results, args.out / "temporal-order.json")
+    results = {**setting, "rows": rows}
+    command.write(results, file)
     part.unlink(missing_ok=True)
     temporal_order_figure.draw(results, args.out / "temporal-order.png")
     print(f"Written to {args.out}: temporal-order.json, temporal-order.png")
+
+
+def with_other_lengths(
+    rows: list[dict[str, Any]], file: pathlib.Path, setting: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows, and those that the file has of other lengths in this setting."""
+    written = json.loads(file.read_text()) if file.exists() else {}
+    if {name: written.get(name) for name in setting} == setting:
+        lengths = {row["length"] for row in rows}
+        rows = [*rows, *(r for r in written["rows"] if r["length"] not in lengths)]
+    return sorted(rows, key=lambda row: row["length"])
 
 
 def train_all(

@@ -105,19 +105,14 @@ def test_an_interruption_costs_one_network(quick, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_table_and_figure(quick, tmp_path, capsys):
-    temporal_order.main(
-        [
-            "--lengths",
-            "10",
-            "20",
-            "--steps",
-            "20",
-            "--seeds",
-            "2",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+    def run(*lengths, steps=20):
+        argument = f"--steps {steps} --seeds 2 --out {tmp_path} --lengths"
+        temporal_order.main([*argument.split(), *map(str, lengths)])
+
+    # Another setting is not mixed in, other lengths of this one stay.
+    run(30, steps=40)
+    run(20)
+    run(10)
     written = json.loads((tmp_path / "temporal-order.json").read_text())
     assert [row["length"] for row in written["rows"]] == [10] * 2 + [20] * 2
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
