@@ -23,6 +23,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from typing import Any
 
 from cosmic_ray.commands import init
 from cosmic_ray.mutating import mutate_and_test
@@ -77,7 +78,7 @@ def copy_of_the_tree() -> None:
     os.environ |= {"PYTHONPATH": str(copy), "CI": "true"}
 
 
-def outcome(mutant: MutationSpec) -> dict[str, object]:
+def outcome(mutant: MutationSpec) -> dict[str, Any]:
     """Runs the default tests on a mutant, those of its own module first."""
     module = pathlib.Path(mutant.module_path).stem
     first = [f"tests/{name}.py" for name in SETTINGS["first"].get(module, [])]
@@ -113,6 +114,20 @@ def is_known(change: list[str], known: list[str]) -> bool:
     return any(text in added and text not in removed for text in known)
 
 
+def report_of(found: list[dict[str, Any]], mutants: int, seed: int) -> dict[str, Any]:
+    """What became of those that were run so far."""
+    survivors = [mutant for mutant in found if mutant["outcome"] != "killed"]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "mutants": mutants,
+        "run": len(found),
+        "seed": seed,
+        "killed": len(found) - len(survivors),
+        "survivors": survivors,
+        "killed_by": sorted({m["killed_by"] for m in found if m["killed_by"]}),
+    }
+
+
 def main() -> None:
     """Draws, runs, and reports."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,7 +137,8 @@ def main() -> None:
     args = parser.parse_args()
     mutants = all_mutants()
     drawn = random.Random(args.seed).sample(mutants, min(args.sample, len(mutants)))
-    found = []
+    found: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
     with (
         Progress() as progress,
         concurrent.futures.ProcessPoolExecutor(
@@ -137,20 +153,12 @@ def main() -> None:
             if found[-1]["outcome"] != "killed":
                 progress.console.print(found[-1])
             progress.advance(task)
-    survivors = [mutant for mutant in found if mutant["outcome"] != "killed"]
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "mutants": len(mutants),
-        "drawn": len(drawn),
-        "seed": args.seed,
-        "killed": len(drawn) - len(survivors),
-        "survivors": survivors,
-        "killed_by": sorted({m["killed_by"] for m in found if m["killed_by"]}),
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{report['killed']} of {len(drawn)} killed; written to {RESULTS.name}.")
+            # Each time, as the whole may take longer than one can wait.
+            report = report_of(found, len(mutants), args.seed)
+            RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{report['killed']} of {report['run']} killed; written to {RESULTS.name}.")
     known = equivalent(REASONS.read_text())
-    unknown = [m for m in survivors if not is_known(m["change"], known)]
+    unknown = [m for m in report["survivors"] if not is_known(m["change"], known)]
     if unknown:
         sys.exit(f"{len(unknown)} of the survivors are not in {REASONS.name}.")
 

@@ -123,6 +123,12 @@ def has_mesh(array: jax.Array) -> bool:
     return not jax.typeof(array).sharding.mesh.empty
 
 
+def on_tpu_mesh(array: jax.Array) -> bool:
+    """Whether the array lies on a mesh of TPUs, or is a shard of one that does."""
+    device = jax.typeof(array).sharding.mesh.abstract_device
+    return device is not None and device.device_kind.startswith("TPU")
+
+
 def is_local(array: jax.Array) -> bool:
     """Whether the array lies on one device, or is one device's shard."""
     return set(jax.typeof(array).sharding.mesh.axis_types) <= {AxisType.Manual}

@@ -24,7 +24,7 @@ from jax.tree_util import Partial
 from . import _cpu
 from ._checks import Numeric, Scalar, as_ord
 from ._errors import explained
-from ._mesh import Axes, factor_of, is_local, on_shards, reduced
+from ._mesh import Axes, factor_of, is_local, on_shards, on_tpu_mesh, reduced
 from ._range import Range, add, fits, real_parts
 from ._tree import (
     AxisName,
@@ -39,11 +39,8 @@ from ._tree import (
 # before they are reduced; of larger ones, up to _FEW. Each reduction is a kernel, and
 # each addend one of its operands.
 _SMALL, _MANY, _FEW = 4096, 64, 16
-# A TPU keeps _LANES columns side by side. If rows are shorter, or more than _ROWS, they
-# are reduced to one number at once.
-_LANES, _ROWS = 128, 8192
-# Arrays of at least _LARGE entries are split. Smaller ones may lie in a TPU's VMEM.
-_LARGE = 2**22
+# The most rows that are reduced to a number each.
+_ROWS = 8192
 
 
 @explained()
@@ -299,53 +296,67 @@ def _l2_norm_jvp(primals, tangents):
 
 
 def _sums_on_device(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    plain = functools.partial(_three_sums, dtype=dtype)
+    """The three sums, with large arrays reduced as suits the platform.
+
+    A GPU takes two kernels to reduce an array to a number, and one to reduce it to the
+    sums of its rows. A TPU fuses the first with what computes the array, such as a
+    matrix product of the backward pass, but not the second.
+    """
+    rows = functools.partial(_three_sums, dtype=dtype, in_rows=True)
+    numbers = functools.partial(_three_sums, dtype=dtype, in_rows=False)
     if not all(map(_cpu.can_sum, arrays)):
-        return plain(arrays)
+        return numbers(arrays) if any(map(on_tpu_mesh, arrays)) else rows(arrays)
     on_cpu = functools.partial(_cpu.three_sums, dtype=dtype)
-    return jax.lax.platform_dependent(arrays, cpu=on_cpu, default=plain)
+    return jax.lax.platform_dependent(arrays, cpu=on_cpu, tpu=numbers, default=rows)
 
 
-def _three_sums(arrays: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """The sums of squares of entries shrunk, as they are, and grown; shape [3]."""
+def _three_sums(
+    arrays: list[jax.Array], *, dtype: jnp.dtype, in_rows: bool
+) -> jax.Array:
+    """The sums of squares of entries shrunk, as they are, and grown; shape [3].
+
+    Large arrays are reduced to the sums of their rows first if ``in_rows``.
+    """
     limits, sums = Range.of(dtype), []
     fitting, others = [], []
     for alike in _alike(arrays):
         (fitting if fits(alike[0].dtype, dtype) else others).append(alike)
     if fitting:
-        (plain,) = _sums_of_squares(fitting, dtype, (None,))
+        (plain,) = _sums_of_squares(fitting, dtype, (None,), in_rows)
         # Where another sum is to be trusted, these leaves do not change it: they are
         # negligible beside squares that overflow, and zero beside those that underflow.
         sums.append(jnp.stack([_nonfinite(plain), plain, _nonfinite(plain)]))
     if others:
         factors = limits.shrink, None, limits.grow
-        sums.append(_sums_of_squares(others, dtype, factors))
+        sums.append(_sums_of_squares(others, dtype, factors, in_rows))
     return add(sums)
 
 
 def _sums_of_squares(
-    groups: list[list[jax.Array]], dtype: jnp.dtype, factors: Sequence[float | None]
+    groups: list[list[jax.Array]],
+    dtype: jnp.dtype,
+    factors: Sequence[float | None],
+    in_rows: bool,
 ) -> jax.Array:
-    """The sums of squares of all entries times each factor, in one read of them.
-
-    One kernel reduces each group to the sums of its rows. A few kernels more add these
-    vectors, padded to one length. Reducing each group to a number would take two each.
-    """
-    local = [group for group in groups if is_local(group[0])]
+    """The sums of squares of all entries times each factor, in one read of them."""
+    merged, others = [], []
+    for group in groups:
+        merge = is_local(group[0]) and (in_rows or _is_small(group[0]))
+        (merged if merge else others).append(group)
     sums = []
-    if local:
-        rows = [
-            _added([_sums_of_rows(group, dtype, factor) for group in local])
+    if merged:
+        vectors = [
+            _added([_sums_of_rows(_squares(group, dtype, factor)) for group in merged])
             for factor in factors
         ]
-        sums.append(jnp.sum(jnp.stack(rows), axis=1))
-    if len(local) < len(groups):
-        each = [
-            add([jnp.sum(_squares(g, dtype, f)) for g in groups if not is_local(g[0])])
-            for f in factors
+        sums.append(jnp.sum(jnp.stack(vectors), axis=1))
+    if others:
+        numbers = [
+            add([jnp.sum(_squares(group, dtype, factor)) for group in others])
+            for factor in factors
         ]
         # Stacked last: XLA adds scalars before it reduces them over devices.
-        sums.append(jnp.stack(each))
+        sums.append(jnp.stack(numbers))
     return add(sums)
 
 
@@ -355,32 +366,12 @@ def _added(vectors: list[jax.Array]) -> jax.Array:
     return add([jnp.pad(vector, (0, length - vector.size)) for vector in vectors])
 
 
-def _sums_of_rows(
-    arrays: list[jax.Array], dtype: jnp.dtype, factor: float | None
-) -> jax.Array:
-    """The sums of squares of the rows of arrays of one type; a vector."""
-    squares = _squares(_split(arrays), dtype, factor)
-    axis = None
-    if _is_static(squares):
-        if squares.size <= _SMALL:
-            return jnp.ravel(squares)
-        *rows, columns = squares.shape
-        if columns >= _LANES and math.prod(rows) <= _ROWS:
-            axis = -1
-    return jnp.ravel(jnp.sum(squares, axis))
-
-
-def _split(arrays: list[jax.Array]) -> list[jax.Array]:
-    """A few large arrays as more blocks of columns, which a TPU reads side by side."""
-    first = arrays[0]
-    if not _is_static(first) or first.ndim < 2 or first.size < _LARGE:
-        return arrays
-    blocks, rest = divmod(first.shape[-1], _LANES)
-    if rest or not blocks:
-        return arrays
-    most = _FEW // len(arrays)
-    count = max((n for n in range(1, most + 1) if blocks % n == 0), default=1)
-    return [part for array in arrays for part in jnp.split(array, count, -1)]
+def _sums_of_rows(squares: jax.Array) -> jax.Array:
+    """A short vector of the same sum: the entries, sums of rows, or one number."""
+    if _is_small(squares):
+        return jnp.ravel(squares)
+    few = _is_static(squares) and math.prod(squares.shape[:-1]) <= _ROWS
+    return jnp.ravel(jnp.sum(squares, -1 if few else None))
 
 
 def _squares(
@@ -419,10 +410,13 @@ def _alike(arrays: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
     for i, array in enumerate(arrays):
         groups.setdefault(jax.typeof(array) if is_local(array) else i, []).append(array)
     for group in groups.values():
-        small = _is_static(group[0]) and group[0].size <= _SMALL
-        length = _MANY if small else _FEW
+        length = _MANY if _is_small(group[0]) else _FEW
         for i in range(0, len(group), length):
             yield group[i : i + length]
+
+
+def _is_small(array: jax.Array) -> bool:
+    return _is_static(array) and array.size <= _SMALL
 
 
 def _is_static(array: jax.Array) -> bool:
