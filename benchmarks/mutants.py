@@ -104,7 +104,8 @@ def changed_lines(diff: str) -> list[str]:
 
 def equivalent(page: str) -> list[str]:
     """What the changed lines hold of the mutants that no test could kill."""
-    return re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    cells = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    return [cell.replace(r"\|", "|") for cell in cells]
 
 
 def is_known(change: list[str], known: list[str]) -> bool:

@@ -13,7 +13,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # Every new tree compiles, which has no deadline. What lands is judged on fixed trees.
 # HYPOTHESIS_PROFILE=many draws as many as .ci/run does, thorough 20,000 of each.
-for _profile, _cases in {"few": 5, "many": 15, "thorough": 20_000}.items():
+for _profile, _cases in {"few": 5, "many": 12, "thorough": 20_000}.items():
     hypothesis.settings.register_profile(
         _profile,
         deadline=None,

@@ -260,8 +260,22 @@ def test_mutants_that_are_explained_are_known_by_what_they_add():
     zipped = ["-    zip(a, b, strict=True)", "+    zip(a, b, strict=False)"]
     assert mutants.is_known(zipped, known)
     assert mutants.is_known(["-jnp.sign(parts[0])", "+jnp.sign(parts[ -1])"], known)
+    largest = "largest, smallest = 2 {} int(own.maxexp), 2 * (int(own.minexp) - 1)"
+    either = [f"-{largest.format('*')}", f"+{largest.format('|')}"]
+    assert mutants.is_known(either, known)
     assert not mutants.is_known(["-zip(a, b, strict=False)", "+a"], known)
     assert not mutants.is_known(["-a + b", "+a - b"], known)
+
+
+def test_report_counts_the_mutants_that_were_run_so_far():
+    pytest.importorskip("cosmic_ray")
+    from benchmarks import mutants
+
+    killed = {"outcome": "killed", "killed_by": "tests/test_norm.py::test_a"}
+    lives = {"outcome": "survived", "killed_by": None, "change": ["-a", "+b"]}
+    report = mutants.report_of([killed, killed, lives], mutants=9, seed=0)
+    assert (report["run"], report["killed"], report["survivors"]) == (3, 2, [lives])
+    assert report["killed_by"] == ["tests/test_norm.py::test_a"]
 
 
 def test_results_hold_every_case_of_the_plan():
