@@ -380,8 +380,7 @@ def _squares(
     """The squares of the entries of arrays of one type, added up entry by entry."""
     parts = [part for array in arrays for part in real_parts(array, dtype)]
     if factor is not None:
-        hidden = _hidden(factor, arrays[0], dtype)
-        parts = [part * hidden for part in parts]
+        parts = [_scaled(part, factor) for part in parts]
     return add(list(map(jnp.square, parts)))
 
 
@@ -389,16 +388,16 @@ def _nonfinite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), 0, x)
 
 
-def _hidden(factor: float, array: jax.Array, dtype: jnp.dtype) -> Any:
-    """The factor, hidden from XLA if an array may have one entry on a device.
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """The product, whose square XLA does not rewrite.
 
-    The algebraic simplifier of XLA rewrites ``(x * c) * (x * c)`` of scalars to
-    ``(x * x) * (c * c)``, even if a factor of the latter overflows.
+    XLA makes ``(x * x) * (c * c)`` of ``(x * c) * (x * c)`` where x is a scalar, also
+    one that is broadcast, even if a factor of that overflows. It has no such rule for a
+    sum, so a zero is added that it does not see. It rewrites other squares with
+    overflows too: https://github.com/jax-ml/jax/issues/37919
     """
-    constant = dtype.type(factor)
-    if is_local(array) and not (_is_static(array) and array.size == 1):
-        return constant
-    return jax.lax.optimization_barrier(jnp.asarray(constant))
+    zero = jax.lax.optimization_barrier(jnp.zeros((), x.dtype))
+    return x * x.dtype.type(factor) + zero
 
 
 def _alike(arrays: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
