@@ -27,7 +27,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from . import cases, command, compiled_figure, sharding, transformer
+from . import cases, command, compiled_figure, dense, sharding, transformer
 from .targets import TARGETS, Compiled, Target, available
 from .trees import gpt2_small_shapes, resnet50_shapes
 
@@ -120,14 +120,16 @@ def _selected(names: list[str] | None) -> list[Target]:
 
 
 def plan(*, quick: bool) -> list[Case]:
-    """Those of ``python -m benchmarks``, a whole training step, and 70B parameters."""
+    """Those of ``python -m benchmarks``, whole training steps, and 70B parameters."""
     gpt2 = gpt2_small_shapes()
     dtypes = ("float32", "bfloat16", "float16")
     if quick:
         return [optimizer_step("AdamW", gpt2, dtype) for dtype in dtypes[:1]]
     return [
         *(optimizer_step(name, gpt2, d) for name in cases.OPTIMIZERS for d in dtypes),
-        training_step(),
+        optimizer_step("AdamW", transformer.shapes(2), "float32", "two blocks"),
+        gpt2_training_step(),
+        *map(dense_training_step, (4, 2)),
         *(alone("clip alone, one leaf of 2^26", (2**26,), dtype) for dtype in dtypes),
         alone("2,000 leaves of 1,000", [(1000,)] * 2000, "float32", donate=False),
         alone("ResNet-50", resnet50_shapes(), "float32"),
@@ -135,7 +137,7 @@ def plan(*, quick: bool) -> list[Case]:
     ]
 
 
-def optimizer_step(optimizer: str, shapes: Any, dtype: str) -> Case:
+def optimizer_step(optimizer: str, shapes: Any, dtype: str, network: str = "") -> Case:
     """An optimizer's step, which updates parameters and state in place."""
 
     def program(target: Target, clip: str) -> Compiled:
@@ -149,21 +151,42 @@ def optimizer_step(optimizer: str, shapes: Any, dtype: str) -> Case:
 
         return target.compile(step, params, state, params, donate=(0, 1))
 
-    return Case(f"added to {optimizer}", dtype, program, tuple(contenders()))
+    name = f"added to {optimizer}" + (network and f", {network}")
+    return Case(name, dtype, program, tuple(contenders()))
 
 
-def training_step(blocks: int = 4) -> Case:
-    """Forward, backward, clip and AdamW: what a user of one device sees of the clip."""
+def gpt2_training_step() -> Case:
+    """What a user of one device sees of the clip."""
+    tokens = jax.ShapeDtypeStruct(transformer.BATCH, jnp.int32)
+    shapes = transformer.shapes()
+    return training_step("whole training step", transformer.loss_of, shapes, tokens)
+
+
+def dense_training_step(layers: int) -> Case:
+    """The same where gradients are matrix products, which a sum may fuse with."""
+    batch = jax.ShapeDtypeStruct(dense.BATCH, jnp.bfloat16)
+    name = f"dense network of {layers} layers, whole training step"
+    return training_step(name, dense.loss_of, dense.shapes(layers), batch)
+
+
+def training_step(
+    name: str, loss_of: Callable[[Any, Any], jax.Array], shapes: Any, batch: Any
+) -> Case:
+    """Forward, backward, clip and AdamW, with parameters in float32."""
 
     def program(target: Target, clip: str) -> Compiled:
         tx = optax.chain(contenders()[clip], optax.adamw(1e-3))
-        params = target.place(abstract(transformer.shapes(blocks), "float32"))
+        params = target.place(abstract(shapes, "float32"))
         state = target.place(jax.eval_shape(tx.init, params))
-        tokens = target.place(jax.ShapeDtypeStruct(transformer.BATCH, jnp.int32))
-        step = transformer.training_step(tx)
-        return target.compile(step, params, state, tokens, donate=(0, 1))
 
-    return Case("whole training step", "float32", program, tuple(contenders()))
+        def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+            loss, grads = jax.value_and_grad(loss_of)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        return target.compile(step, params, state, target.place(batch), donate=(0, 1))
+
+    return Case(name, "float32", program, tuple(contenders()))
 
 
 def alone(name: str, shapes: Any, dtype: str, *, donate: bool = True) -> Case:

@@ -139,7 +139,7 @@ def main() -> None:
     mutants = all_mutants()
     drawn = random.Random(args.seed).sample(mutants, min(args.sample, len(mutants)))
     found: list[dict[str, Any]] = []
-    report: dict[str, Any] = {}
+    report = report_of(found, len(mutants), args.seed)
     with (
         Progress() as progress,
         concurrent.futures.ProcessPoolExecutor(

@@ -1,4 +1,4 @@
-"""A training step as users write it: a small GPT-2, forward, backward, clip, AdamW."""
+"""A small GPT-2, as users write it."""
 
 from typing import Any
 
@@ -31,17 +31,6 @@ def loss_of(params: Any, tokens: jax.Array) -> jax.Array:
         logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
     )
     return losses.mean()
-
-
-def training_step(tx: optax.GradientTransformation) -> Any:
-    """Parameters, state and tokens to parameters, state and loss."""
-
-    def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(loss_of)(params, tokens)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    return step
 
 
 def _normed(params: Any, x: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from benchmarks import (
     accelerators,
     cases,
     compiled_figure,
+    dense,
     figure,
     redraw,
     report,
@@ -329,13 +330,16 @@ def test_compiled_rows_replace_those_of_the_same_cases(tmp_path):
     assert rows == found[4:] + newer
 
 
-def test_transformer_has_gradients_for_all_parameters(optax_promotes):
-    params = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
-        transformer.shapes(blocks=1),
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-    tokens = jax.ShapeDtypeStruct((2, 16), "int32")
+NETWORKS = {
+    "transformer": (transformer, jax.ShapeDtypeStruct((2, 16), "int32")),
+    "dense": (dense, jax.ShapeDtypeStruct(dense.BATCH, "bfloat16")),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_have_gradients_for_all_parameters(network, optax_promotes):
+    module, batch = NETWORKS[network]
+    params = accelerators.abstract(module.shapes(1), "float32")
     with jax.numpy_rank_promotion("allow"):  # As in the code of users.
-        grads = jax.eval_shape(jax.grad(transformer.loss_of), params, tokens)
+        grads = jax.eval_shape(jax.grad(module.loss_of), params, batch)
     assert grads == params
