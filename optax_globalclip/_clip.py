@@ -14,7 +14,7 @@ from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfin
 from ._errors import explained
 from ._mesh import factor_of, is_unreduced
 from ._norm import GlobalNorm, divide, formula_of, found, measure
-from ._range import wide
+from ._range import times, wide
 from ._tree import (
     AxisName,
     Leaf,
@@ -334,8 +334,13 @@ def _product_of(value, shift, scale, keep, zero):
 @functools.partial(jax.jit, inline=True)
 def _product(value, shift, scale, keep, zero):
     to = wide(value, scale.dtype)
-    shift, scale = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
-    product = (value.astype(to) * shift * scale).astype(value.dtype)
+    shift, scale = (factor_of(value, factor) for factor in (shift, scale))
+    if is_unreduced(value):
+        # Its entries cannot be compared before they are summed over devices.
+        product = value.astype(to) * shift.astype(to) * scale.astype(to)
+    else:
+        product = times(value.astype(to), shift, scale)
+    product = product.astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
     if zero is not None:

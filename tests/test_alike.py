@@ -1,9 +1,12 @@
-"""Norms of leaves whose entries XLA knows to be alike.
+"""Norms and clips of leaves whose entries XLA knows to be alike.
 
 XLA computes with one entry of a broadcast, as with a scalar, and merges its products
 with constants: ``(x * c) * (x * c)`` becomes ``(x * x) * (c * c)``, and a factor of
-that may overflow. The gradient of a sum is such a leaf, and so is one of zeros.
+that may overflow. ``(c * x) * d`` becomes ``x * (c * d)``, which may underflow. The
+gradient of a sum is such a leaf, and so is one of zeros.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +15,15 @@ import oracle
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from optax_globalclip import _cpu, _norm, clip_updates
+from optax_globalclip import _cpu, _norm, clip_updates, global_norm
 
 ENTRIES = [0.0, 1e-37, 1e-30, 1e-25, 1e-19, 1.0, 1e19, 1e25, 1e30, 1e34]
 
 
 def clip(leaf):
-    """The norm before the clip, and the largest entry after it."""
-    (clipped,), norm = clip_updates([leaf], 1e-3)
-    return norm, jnp.max(clipped, initial=0)
+    """Its norm, and its largest entry after a clip that scales every leaf."""
+    (clipped, _), _ = clip_updates([leaf, jnp.ones(3)], 0.5)
+    return global_norm([leaf]), jnp.max(clipped, initial=0)
 
 
 def in_jit(function):
@@ -29,7 +32,7 @@ def in_jit(function):
 
 def in_shard_map(function):
     inside = not jax.sharding.get_abstract_mesh().empty
-    mesh = None if inside else mesh_of(AxisType.Auto)
+    mesh = None if inside else oracle.mesh(AxisType.Auto)
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P()))
 
 
@@ -67,10 +70,6 @@ def examples(transform, shape):
     return list(zip(*of(np.float32(ENTRIES)), strict=True))
 
 
-def mesh_of(axis_type):
-    return jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
-
-
 @pytest.fixture(params=["CPU", "GPU", "TPU"])
 def formula(request, monkeypatch):
     """That of a platform, on CPU."""
@@ -97,8 +96,8 @@ def assert_clipped(leaves, transform, shape):
         leaf = np.full(shape, x, np.float32)
         expected = float(oracle.exact_norm(leaf))
         np.testing.assert_allclose(norm, expected, 2e-6)
-        largest = x * min(1, 1e-3 / expected) if x else 0
-        np.testing.assert_allclose(entry, largest, 2e-6, 1e-38)
+        clipped = x * 0.5 / math.hypot(expected, math.sqrt(3))
+        np.testing.assert_allclose(entry, clipped, 2e-6, 1e-38)
 
 
 @pytest.mark.usefixtures("formula")
@@ -114,5 +113,5 @@ def test_leaves_of_equal_entries(leaves, transform, shape):
 @transforms
 @shapes
 def test_leaves_of_equal_entries_on_a_mesh(leaves, transform, shape, kind):
-    with jax.set_mesh(mesh_of(kind)):
+    with jax.set_mesh(oracle.mesh(kind)):
         assert_clipped(leaves, transform, shape)
