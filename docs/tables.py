@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks import report, spikes
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+PEERS = ("optax", "by hand")
+TPUS = ("TPU v5e", "TPU v5p", "TPU v6e")
 CONTENDERS = {
     "none": "no clip",
     "by hand": "by hand",
@@ -45,11 +47,29 @@ def compiled_long_lines(results: dict[str, Any]) -> dict[str, list[str]]:
     """Of each program one line for each contender: as on the page about cost."""
     programs: dict[str, list[str]] = {}
     for row in results["rows"]:
-        build = f"{row['build_seconds']:.2g} s"
+        build = f"{float(format(row['build_seconds'], '.2g')):g} s"
         cells = (CONTENDERS[row["contender"]], _traffic(row), _work(row), build)
         lines = programs.setdefault(_program(row), [])
         lines.append(_line([f"{results['target']}: {_program(row)}", *cells]))
     return programs
+
+
+def cycles_lines(targets: list[dict[str, Any]]) -> list[str]:
+    """Of each program our cycles beside each peer's, a cell for each TPU."""
+    lines: dict[str, dict[str, str]] = {}
+    for results in targets:
+        programs: dict[str, dict[str, Any]] = {}
+        for row in results["rows"]:
+            programs.setdefault(_program(row), {})[row["contender"]] = row["cycles"]
+        for program, cycles in programs.items():
+            if cycles["ours"] is not None:
+                more = (cycles["ours"] / cycles[peer] - 1 for peer in PEERS)
+                cell = ", ".join(f"{share:+.1%}" for share in more)
+                lines.setdefault(program, {})[results["target"]] = cell
+    return [
+        _line([program, *(cells.get(tpu, "–") for tpu in TPUS)])
+        for program, cells in sorted(lines.items())
+    ]
 
 
 def spikes_lines(results: dict[str, Any]) -> list[str]:
@@ -95,6 +115,7 @@ def main() -> None:
         print(results["target"], *compiled_lines(results), sep="\n")
         for lines in compiled_long_lines(results).values():
             print(*lines, sep="\n")
+    print("Cycles", *cycles_lines(compiled()), sep="\n")
 
 
 if __name__ == "__main__":

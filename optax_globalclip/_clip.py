@@ -14,7 +14,7 @@ from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfin
 from ._errors import explained
 from ._mesh import factor_of, is_unreduced
 from ._norm import GlobalNorm, divide, formula_of, found, measure
-from ._range import times, two_factors, wide
+from ._range import times, wide
 from ._tree import (
     AxisName,
     Leaf,
@@ -222,35 +222,33 @@ def _reported(
     return scale if zero is None else jnp.where(zero, 0, scale)
 
 
-def _factor(threshold: jax.Array, norm: GlobalNorm, within: jax.Array) -> jax.Array:
-    """``threshold / norm / tiny``; ``1 / tiny`` if ``within``.
+@jax.custom_jvp
+def _factors(
+    threshold: jax.Array, norm: GlobalNorm, within: jax.Array, zero: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """``threshold / norm`` as a product of two floats, both 1 if ``within``.
 
-    ``tiny`` is the smallest normal float. The quotient alone may be subnormal, which
-    would be imprecise on GPU and zero elsewhere. This ends in a division, because XLA
-    on CPU would compute a cheaper factor again in the kernel of every leaf.
+    The first is 1, unless the quotient is subnormal, which would be imprecise on GPU
+    and zero elsewhere. Then it is ``tiny``, the smallest normal float.
     """
+    del zero
     finite = jnp.isfinite(norm.value)
     value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
     unit = jnp.where(within, 1, norm.unit)
     # Every NaN as the canonical one, because ``_cpu.product`` rounds its bits.
     threshold = jnp.where(jnp.isnan(threshold), math.nan, threshold)
     threshold = jnp.where(within, 1, threshold)
-    # A norm of 1 and more is normal if multiplied by ``tiny``. Below 1 the threshold,
-    # which is less than the norm, does not overflow if divided by ``tiny``.
+    # The quotient is computed divided by ``tiny``. A norm of 1 and more is normal if
+    # multiplied by it. Below 1 the threshold, which is less than the norm, does not
+    # overflow if divided by it.
     tiny = float(jnp.finfo(threshold.dtype).tiny)
     larger, smaller = jnp.maximum(value, unit), jnp.minimum(value, unit)
     large = value * unit >= 1
     dividend = jnp.where(large, threshold, threshold / tiny)
-    return dividend / (jnp.where(large, larger * tiny, larger) * smaller)
-
-
-@jax.custom_jvp
-def _factors(
-    threshold: jax.Array, norm: GlobalNorm, within: jax.Array, zero: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """``threshold / norm`` as a product of two floats; both are 1 if ``within``."""
-    del zero
-    return two_factors(_factor(threshold, norm, within))
+    factor = dividend / (jnp.where(large, larger * tiny, larger) * smaller)
+    subnormal = factor < 1
+    shift = jnp.where(subnormal, tiny, 1).astype(factor.dtype)
+    return shift, jnp.where(subnormal, factor, factor * tiny)
 
 
 @_factors.defjvp
@@ -288,10 +286,10 @@ def _scaled(
 
     Multiplied in at least float32, and rounded once to the dtype of the values.
     """
-    factor = _factor(threshold, norm, within)
+    shift, scale = _factors(threshold, norm, within, zero)
     # Each leaf's kernel computes this again. ``within`` would take more operations.
-    keep = factor == 1 / float(jnp.finfo(factor.dtype).tiny)
-    return [_product_of(value, factor, keep, zero) for value in values]
+    keep = scale == 1
+    return [_product_of(value, shift, scale, keep, zero) for value in values]
 
 
 @_scaled.defjvp
@@ -319,27 +317,27 @@ def _scaled_jvp(primals, tangents):
 def kept_or_zero(value: jax.Array, keep: jax.Array) -> jax.Array:
     """The value if ``keep``, else zeros."""
     one = jnp.ones((), accumulator_dtype([value]))
-    return _product_of(value, one, keep, ~keep)
+    return _product_of(value, one, one, keep, ~keep)
 
 
-def _product_of(value, factor, keep, zero):
-    if is_unreduced(value) or not _cpu.can_multiply(value, factor):
-        return _product(value, factor, keep, zero)
+def _product_of(value, shift, scale, keep, zero):
+    if is_unreduced(value) or not _cpu.can_multiply(value, scale):
+        return _product(value, shift, scale, keep, zero)
     return jax.lax.platform_dependent(
-        value, factor, keep, zero, cpu=_cpu.product, default=_product
+        value, shift, scale, keep, zero, cpu=_cpu.product, default=_product
     )
 
 
 # Traced once for leaves of one type.
 @functools.partial(jax.jit, inline=True)
-def _product(value, factor, keep, zero):
-    product = value.astype(wide(value, factor.dtype))
+def _product(value, shift, scale, keep, zero):
+    to = wide(value, scale.dtype)
+    shift, scale = (factor_of(value, factor) for factor in (shift, scale))
     if is_unreduced(value):
         # Its entries cannot be compared before they are summed over devices.
-        for each in two_factors(factor):
-            product = product * factor_of(value, each).astype(product.dtype)
+        product = value.astype(to) * shift.astype(to) * scale.astype(to)
     else:
-        product = times(product, factor_of(value, factor))
+        product = times(value.astype(to), shift, scale)
     product = product.astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mesh import has_mesh
-from ._range import Range, add, fits, real_parts, two_factors
+from ._range import Range, add, fits, real_parts
 
 Values = Callable[[jax.Array], jax.Array]
 
@@ -84,11 +84,12 @@ def can_multiply(array: jax.Array, factor: jax.Array) -> bool:
 
 def product(
     array: jax.Array,
-    factor: jax.Array,
+    shift: jax.Array,
+    scale: jax.Array,
     keep: jax.Array,
     zero: jax.Array | None,
 ) -> jax.Array:
-    """``array * (factor * tiny)`` in bfloat16, by integers; the array if ``keep``.
+    """``array * shift * scale`` in bfloat16, by integers; the array if ``keep``.
 
     XLA on CPU would convert the leaf to float32, share that conversion with the norm's,
     and so materialize a float32 copy of the leaf. It would also round the product again
@@ -96,8 +97,7 @@ def product(
     """
     bits = lax.bitcast_convert_type(array, jnp.uint16)
     wide = lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
-    first, second = two_factors(factor)
-    wide = wide * first * second
+    wide = wide * shift * scale
     wide_bits = lax.bitcast_convert_type(wide, jnp.uint32)
     # To nearest: the upper half is incremented if the lower is more than half of its
     # unit, or just half and the upper odd. Infinity and NaN stay: the lower half of

@@ -202,7 +202,7 @@ def compared(target):
     return [
         (rows["ours"], rows[peer])
         for rows in programs.values()
-        for peer in ("optax", "by hand")
+        for peer in tables.PEERS
     ]
 
 
@@ -214,70 +214,42 @@ def test_clips_compiled_for_a_gpu_differ_as_the_page_about_cost_says():
         if "auto" in ours["case"]:
             needed = f"{ours['kernels']} kernels and Optax's clip {theirs['kernels']}"
             assert needed in page
+        elif "2 layers" in ours["case"]:
+            assert ours["kernels"] == theirs["kernels"]
         else:
-            more = "2 layers" in ours["case"]
-            assert ours["kernels"] < theirs["kernels"] + more
+            assert ours["kernels"] < theirs["kernels"]
         if "2,000" in ours["case"]:
             assert f"{bytes_ - 1:.0%} more bytes" in page
         else:
             assert bytes_ < 1.03
 
 
-# The lines of the table on the page about cost, by case and dtype.
-ON_TPUS = {
-    ("added to AdamW", "float32"): "AdamW of GPT-2 small, float32",
-    ("added to AdamW", "bfloat16"): "AdamW of GPT-2 small, bfloat16",
-    ("added to AdamW, two blocks", "float32"): "AdamW of two of its blocks, float32",
-    ("ResNet-50", "float32"): "ResNet-50, clip alone",
-    (
-        "whole training step",
-        "float32",
-    ): "whole training step of GPT-2 with four blocks",
-    (
-        "dense network of 4 layers, whole training step",
-        "float32",
-    ): "the same of a dense network of four layers",
-    (
-        "dense network of 2 layers, whole training step",
-        "float32",
-    ): "the same of a dense network of two layers",
-    (
-        "Llama 70B on 256 devices, jit, explicit",
-        "bfloat16",
-    ): "clip alone for Llama 70B, explicit axes",
-}
-
-
 def test_clips_compiled_for_tpus_differ_as_the_page_about_cost_says():
     page = DOCS["cost.md"]
-    cells = {program: [] for program in ON_TPUS}
-    for target in ("TPU v5e", "TPU v5p", "TPU v6e"):
-        found = {program: [] for program in ON_TPUS}
-        for ours, theirs in compared(target):
-            more = ours["cycles"] / theirs["cycles"] - 1
-            found[ours["case"], ours["dtype"]].append(f"{more:+.1%}")
-        for program, both in found.items():
-            cells[program].append(", ".join(both) or "–")
-    for program, line in ON_TPUS.items():
-        assert f"| {line} | {' | '.join(cells[program])} |" in page
+    claimed = re.findall(r"^\| .* \| .*[-+][\d.]+%.* \|$", page, re.MULTILINE)
+    assert claimed == tables.cycles_lines(list(COMPILED.values()))
     on_tpus = [
         pair for target in COMPILED if "TPU" in target for pair in compared(target)
     ]
     bytes_ = [ours["hbm_gb"] / theirs["hbm_gb"] - 1 for ours, theirs in on_tpus]
-    assert f"up to {max(bytes_):.0%} more in the network of two layers" in page
+    assert f"up to {max(bytes_):.0%} more in the network of two layers on a v6e" in page
     v5e, v6e = added_to_a_training_step("TPU v5e"), added_to_a_training_step("TPU v6e")
     assert f"adds {v5e['ours']:.1%} of the cycles" in page
     assert f"{-v6e['ours']:.1%} and the other two" in page
-    for peer in ("optax", "by hand"):
+    for peer in tables.PEERS:
         assert f"the other two add {v5e[peer]:.1%}" in page
         assert f"the other two {-v6e[peer]:.1%}" in page
 
 
 def test_clips_compile_for_as_long_as_the_page_about_cost_says():
-    pairs = [pair for target in COMPILED for pair in compared(target)]
-    times = [ours["build_seconds"] / theirs["build_seconds"] for ours, theirs in pairs]
-    assert f"up to {max(times):.2g} times as long" in DOCS["cost.md"]
-    assert 0.45 <= np.mean(np.array(times) > 1) <= 0.65
+    times = [
+        ours["build_seconds"] / theirs["build_seconds"]
+        for target in COMPILED
+        for ours, theirs in compared(target)
+    ]
+    needed = f"{np.median(times):.1f} times as long in the median, and {max(times):.1f}"
+    assert needed in DOCS["cost.md"]
+    assert np.mean(np.array(times) > 1) > 0.5
 
 
 def added_to_a_training_step(target):
