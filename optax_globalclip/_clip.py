@@ -229,7 +229,9 @@ def _factors(
     """``threshold / norm`` as a product of two floats, both 1 if ``within``.
 
     The first is 1, unless the quotient is subnormal, which would be imprecise on GPU
-    and zero elsewhere. Then it is ``tiny``, the smallest normal float.
+    and zero elsewhere. Then it is ``tiny``, the smallest normal float. Both end in a
+    division, because XLA on CPU would compute cheaper factors again in the kernel of
+    every leaf.
     """
     del zero
     finite = jnp.isfinite(norm.value)
@@ -238,17 +240,17 @@ def _factors(
     # Every NaN as the canonical one, because ``_cpu.product`` rounds its bits.
     threshold = jnp.where(jnp.isnan(threshold), math.nan, threshold)
     threshold = jnp.where(within, 1, threshold)
-    # The quotient is computed divided by ``tiny``. A norm of 1 and more is normal if
-    # multiplied by it. Below 1 the threshold, which is less than the norm, does not
-    # overflow if divided by it.
+    # The quotient divided by ``tiny``. A norm of 1 and more is normal if multiplied by
+    # ``tiny``. Below 1 the threshold, which is less than the norm, does not overflow if
+    # divided by ``tiny``.
     tiny = float(jnp.finfo(threshold.dtype).tiny)
     larger, smaller = jnp.maximum(value, unit), jnp.minimum(value, unit)
     large = value * unit >= 1
     dividend = jnp.where(large, threshold, threshold / tiny)
     factor = dividend / (jnp.where(large, larger * tiny, larger) * smaller)
     subnormal = factor < 1
-    shift = jnp.where(subnormal, tiny, 1).astype(factor.dtype)
-    return shift, jnp.where(subnormal, factor, factor * tiny)
+    shift = 1 / jnp.where(subnormal, 1 / tiny, 1).astype(factor.dtype)
+    return shift, factor / jnp.where(subnormal, 1, 1 / tiny).astype(factor.dtype)
 
 
 @_factors.defjvp
