@@ -1,7 +1,7 @@
 """The norms: of a whole tree, and of each of its leaves.
 
-The 2-norm is one formula on every backend. In one read of the entries, and without a
-branch, it accumulates three sums of squares,
+The 2-norm is one formula, and ``_cpu`` has what XLA on CPU needs in its place. In one
+read of the entries, and without a branch, it accumulates three sums of squares,
 
     Σ (xᵢ · shrink)²,  Σ xᵢ²  and  Σ (xᵢ · grow)²,
 
@@ -244,10 +244,11 @@ class _Known(NamedTuple):
     norm: GlobalNorm
 
     def is_that_of(self, leaves: Sequence[Leaf], ord: Scalar) -> bool:
-        """Whether these are the very same arrays."""
+        """Whether these are the very same arrays, and the orders known to be equal."""
+        both = isinstance(ord, float) and isinstance(self.ord, float)
         return (
             len(leaves) == len(self.leaves)
-            and (ord is self.ord or (isinstance(ord, float) and ord == self.ord))
+            and (ord is self.ord or (both and ord == self.ord))
             and all(
                 a.array is b.array and a.axes == b.axes
                 for a, b in zip(leaves, self.leaves, strict=True)

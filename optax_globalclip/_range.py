@@ -55,11 +55,11 @@ def real_parts(array: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
 
 
 def times(array: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """``array * shift * scale``, by one factor, as a TPU is slower with two.
+    """``array * shift * scale``, by one factor, as a TPU v6e is slower with two.
 
     The factor is ``shift * scale / tiny``, where ``tiny`` is the smallest normal float,
     because ``shift * scale`` may be subnormal. Large entries are multiplied by ``tiny``
-    before, and small ones after, so that nothing but the result leaves the range.
+    before it, and small ones after it, so that nothing but the result leaves the range.
     """
     if jnp.iscomplexobj(array):
         parts = (times(part, shift, scale) for part in (array.real, array.imag))
@@ -68,9 +68,9 @@ def times(array: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     tiny, largest = float(info.tiny), float(info.max)
     large = jnp.abs(array) >= 1
     product = jnp.where(large, array * tiny, array) * (shift / tiny * scale)
-    # Changes nothing, but XLA would merge the constants of both products otherwise.
-    product = jnp.minimum(product, largest)
-    return jnp.where(large, product, product * tiny)
+    # No small entry's product is larger, but XLA would merge both constants otherwise.
+    small = jnp.minimum(product, largest) * tiny
+    return jnp.where(large, product, small)
 
 
 def wide(array: jax.Array, accumulator: jnp.dtype) -> jnp.dtype:

@@ -284,6 +284,14 @@ def test_use_norm_is_trusted_and_returned():
     np.testing.assert_array_equal(unclipped[0], [6, 8])
 
 
+@pytest.mark.parametrize("dtype", oracle.FLOATS)
+def test_entries_that_are_not_finite_stay_so_if_the_norm_is_said_to_be(dtype):
+    leaf = jnp.array([math.inf, -math.inf, math.nan, 0.5], dtype)
+    clipped, _ = clip_updates(leaf, 1.0, use_norm=2.0)
+    expected = [math.inf, -math.inf, math.nan, 0.25]
+    np.testing.assert_array_equal(clipped.astype(jnp.float32), expected)
+
+
 def test_use_norm_measures_nothing():
     def clip(updates, norm):
         return clip_updates(updates, 1.0, use_norm=norm)[0]

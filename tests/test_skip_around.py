@@ -661,6 +661,24 @@ def test_skip_around_skip():
     assert (state.num_updates, state.inner_state.num_updates) == (5, 3)
 
 
+# --- Orders that are operands.
+
+ORDERS = {"a number": 2.0, "a NumPy array": np.float32(2), "an array": jnp.float32(2)}
+
+
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "as it is"])
+@pytest.mark.parametrize("inner", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("outer", ORDERS.values(), ids=ORDERS)
+def test_skip_and_clip_by_orders_of_any_kind(outer, inner, traced):
+    def clipped(outer):
+        tx = skip_by_global_norm(clip_by_global_norm(1.0, ord=inner), 10.0, ord=outer)
+        updates = jnp.array([3.0, 4.0])
+        return tx.update(updates, tx.init(updates))[0]
+
+    found = (jax.jit(clipped) if traced else clipped)(outer)
+    np.testing.assert_allclose(found, [0.6, 0.8], 1e-6)
+
+
 # --- The norm is measured once.
 
 REDUCTIONS = ("reduce", "dot_general", "psum", "while", "scan")
