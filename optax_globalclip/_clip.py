@@ -229,9 +229,9 @@ def _factors(
     """``threshold / norm`` as a product of two floats, both 1 if ``within``.
 
     The first is 1, unless the quotient is subnormal, which would be imprecise on GPU
-    and zero elsewhere. Then it is ``tiny``, the smallest normal float. Both end in a
-    division, because XLA on CPU would compute cheaper factors again in the kernel of
-    every leaf.
+    and zero elsewhere. Then it is ``tiny``, the smallest normal float. XLA on CPU
+    computes again in the kernel of every leaf what follows the division, but nothing
+    before it.
     """
     del zero
     finite = jnp.isfinite(norm.value)
@@ -249,8 +249,9 @@ def _factors(
     dividend = jnp.where(large, threshold, threshold / tiny)
     factor = dividend / (jnp.where(large, larger * tiny, larger) * smaller)
     subnormal = factor < 1
-    shift = 1 / jnp.where(subnormal, 1 / tiny, 1).astype(factor.dtype)
-    return shift, factor / jnp.where(subnormal, 1, 1 / tiny).astype(factor.dtype)
+    shift = jnp.where(subnormal, tiny, 1).astype(factor.dtype)
+    # Not by a second division: XLA would divide by the product of both divisors.
+    return shift, jnp.where(subnormal, factor, factor * tiny)
 
 
 @_factors.defjvp
@@ -273,7 +274,8 @@ def _moved(primals, tangents, shift, scale):
     norm = GlobalNorm(
         norm.norm.astype(scale.dtype), *(jnp.where(fixed, 1, x) for x in norm[1:])
     )
-    return norm, threshold_dot - shift * scale * norm_dot
+    # Not ``shift * scale``, which may be subnormal.
+    return norm, threshold_dot - norm_dot * shift * scale
 
 
 @jax.custom_jvp

@@ -303,6 +303,22 @@ def test_use_norm_measures_nothing():
 # --- Derivatives and transformations.
 
 
+@pytest.mark.parametrize("max_norm", [1e-20, 1e-10, 1.0, 1e10, 1e20])
+@pytest.mark.parametrize("leaf", [[3e20, -4e20, 1e19], [3e38, -3e38, 1e38]])
+def test_clip_and_its_derivatives_by_any_quotient(leaf, max_norm):
+    # The tangents are so large that the derivatives are no smaller than 1e-30.
+    x, dot = np.float32(leaf), np.float32([1, 2, -1.5]) * np.float32(1e25)
+    clipped, jvp = jax.jvp(lambda x: clip_updates(x, max_norm)[0], (x,), (dot,))
+    _, pull = jax.vjp(lambda x: clip_updates(x, max_norm)[0], x)
+    wide, wide_dot = np.float64(x), np.float64(dot)
+    norm = np.linalg.norm(wide)
+    scale = np.float64(np.float32(max_norm)) / norm
+    slope = scale * (wide_dot - wide / norm * np.dot(wide / norm, wide_dot))
+    np.testing.assert_allclose(clipped, scale * wide, 1e-6)
+    np.testing.assert_allclose(jvp, slope, 2e-5)
+    np.testing.assert_allclose(pull(dot)[0], slope, 2e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1.0, 1e30, 1.5e38])
 def test_gradient_through_the_clip(scale):
     leaf = np.array([1, -2, 2, 0.5, -1, 1], np.float32) * np.float32(scale)
