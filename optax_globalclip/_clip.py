@@ -65,8 +65,9 @@ def clip_updates(
     * Elsewhere each is multiplied in at least float32 and rounded once, so that the
       norm of the result is at most ``max_norm`` to within a few units of the leaves'
       precision. This holds for any finite entries, even where the norm itself is
-      more than a float32 can hold. (Results below 2e-37 may become 0. Those below
-      6e-5 in float16 are subnormal, and less precise.)
+      more than a float32 can hold. (Results below 2e-37 may become 0, and a norm below
+      2e-38 may count as 0. Results below 6e-5 in float16 are subnormal, and less
+      precise.)
     * Structure, shapes, dtypes and shardings stay. ``None``, ``MaskedNode`` and
       float0 leaves are passed through.
 

@@ -58,8 +58,8 @@ def global_norm(
       complex128, whatever the dtypes of the leaves.
     * The norm is right for every tree of finite entries whose norm is a normal float
       of the result's dtype: entries whose powers overflow or underflow are rescaled.
-      (For orders other than 2, and where auto mesh axes leave the sharding to XLA, it
-      reads subnormal entries as zero on CPU.)
+      (On CPU it reads subnormal entries as zero for orders other than 2, where auto
+      mesh axes leave the sharding to XLA, and in float32 leaves beside float64 ones.)
     * It is the norm of whole leaves however they are sharded. All leaves split over
       the same mesh axes share one all-reduce, or a few where axes are auto.
     * It can be differentiated twice. Its gradient at zero is zero.
