@@ -14,7 +14,7 @@ from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfin
 from ._errors import explained
 from ._mesh import factor_of, is_unreduced
 from ._norm import GlobalNorm, divide, formula_of, found, measure
-from ._range import times, wide
+from ._range import wide
 from ._tree import (
     AxisName,
     Leaf,
@@ -230,9 +230,8 @@ def _factors(
     """``threshold / norm`` as a product of two floats, both 1 if ``within``.
 
     The first is 1, unless the quotient is subnormal, which would be imprecise on GPU
-    and zero elsewhere. Then it is ``tiny``, the smallest normal float. XLA on CPU
-    computes again in the kernel of every leaf what follows the division, but nothing
-    before it.
+    and zero elsewhere. Both end in a division, because XLA on CPU would compute cheaper
+    factors again in the kernel of every leaf.
     """
     del zero
     finite = jnp.isfinite(norm.value)
@@ -241,18 +240,18 @@ def _factors(
     # Every NaN as the canonical one, because ``_cpu.product`` rounds its bits.
     threshold = jnp.where(jnp.isnan(threshold), math.nan, threshold)
     threshold = jnp.where(within, 1, threshold)
-    # The quotient divided by ``tiny``. A norm of 1 and more is normal if multiplied by
-    # ``tiny``. Below 1 the threshold, which is less than the norm, does not overflow if
-    # divided by ``tiny``.
     tiny = float(jnp.finfo(threshold.dtype).tiny)
-    larger, smaller = jnp.maximum(value, unit), jnp.minimum(value, unit)
-    large = value * unit >= 1
-    dividend = jnp.where(large, threshold, threshold / tiny)
-    factor = dividend / (jnp.where(large, larger * tiny, larger) * smaller)
-    subnormal = factor < 1
-    shift = jnp.where(subnormal, tiny, 1).astype(factor.dtype)
-    # Not by a second division: XLA would divide by the product of both divisors.
-    return shift, jnp.where(subnormal, factor, factor * tiny)
+    # Above ``tiny``, so that the second factor cannot be 1, which means "keep".
+    least = 4 * tiny
+    whole = value * unit
+    too_large = finite & (whole == math.inf)
+    dividend = jnp.where(too_large, threshold * (1 / unit), threshold)
+    divisor = jnp.where(too_large, value, whole)
+    split = (dividend / divisor < tiny) & (threshold > 0)
+    dividend = jnp.where(split, threshold, dividend)
+    divisor = jnp.where(split, value * (unit * least), divisor)
+    shift = 1 / jnp.where(split, 1 / least, 1).astype(threshold.dtype)
+    return shift, dividend / divisor
 
 
 @_factors.defjvp
@@ -337,13 +336,8 @@ def _product_of(value, shift, scale, keep, zero):
 @functools.partial(jax.jit, inline=True)
 def _product(value, shift, scale, keep, zero):
     to = wide(value, scale.dtype)
-    shift, scale = (factor_of(value, factor) for factor in (shift, scale))
-    if is_unreduced(value):
-        # Its entries cannot be compared before they are summed over devices.
-        product = value.astype(to) * shift.astype(to) * scale.astype(to)
-    else:
-        product = times(value.astype(to), shift, scale)
-    product = product.astype(value.dtype)
+    shift, scale = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
+    product = (value.astype(to) * shift * scale).astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
     if zero is not None:

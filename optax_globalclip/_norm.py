@@ -37,9 +37,8 @@ from ._tree import (
 
 # Up to _MANY arrays of one type and at most _SMALL entries are added entry by entry
 # before they are reduced; of larger ones, up to _FEW. Each reduction is a kernel, and
-# each addend one of its operands. An array of _LARGE entries is reduced alone: a TPU
-# fuses that with the matrix product that computes it.
-_SMALL, _MANY, _FEW, _LARGE = 4096, 64, 16, 2**22
+# each addend one of its operands.
+_SMALL, _MANY, _FEW = 4096, 64, 16
 # The most rows that are reduced to a number each.
 _ROWS = 8192
 
@@ -411,16 +410,9 @@ def _alike(arrays: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
     for i, array in enumerate(arrays):
         groups.setdefault(jax.typeof(array) if is_local(array) else i, []).append(array)
     for group in groups.values():
-        length = _addends(group[0])
+        length = _MANY if _is_small(group[0]) else _FEW
         for i in range(0, len(group), length):
             yield group[i : i + length]
-
-
-def _addends(array: jax.Array) -> int:
-    """How many arrays of this type are added before they are reduced."""
-    if _is_small(array):
-        return _MANY
-    return 1 if _is_static(array) and array.size >= _LARGE else _FEW
 
 
 def _is_small(array: jax.Array) -> bool:

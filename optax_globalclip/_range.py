@@ -54,25 +54,6 @@ def real_parts(array: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     return tuple(part.astype(dtype) for part in parts)
 
 
-def times(array: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """``array * shift * scale``, by one factor, as a TPU v6e is slower with two.
-
-    The factor is ``shift * scale / tiny``, where ``tiny`` is the smallest normal float,
-    because ``shift * scale`` may be subnormal. Large entries are multiplied by ``tiny``
-    before it, and small ones after it, so that nothing but the result leaves the range.
-    """
-    if jnp.iscomplexobj(array):
-        parts = (times(part, shift, scale) for part in (array.real, array.imag))
-        return jax.lax.complex(*parts)
-    info = jnp.finfo(array.dtype)
-    tiny, largest = float(info.tiny), float(info.max)
-    large = jnp.abs(array) >= 1
-    product = jnp.where(large, array * tiny, array) * (shift / tiny * scale)
-    # No small entry's product is larger, but XLA would merge both constants otherwise.
-    small = jnp.minimum(product, largest) * tiny
-    return jnp.where(large, product, small)
-
-
 def wide(array: jax.Array, accumulator: jnp.dtype) -> jnp.dtype:
     """The dtype to compute with an array in: the accumulator's, complex if it is."""
     if not jnp.iscomplexobj(array):

@@ -182,12 +182,11 @@ def test_step_has_no_more_kernels_or_cycles(target, peer, dtype):
     assert cost_of(ours) <= cost_of(theirs)
 
 
-@pytest.mark.parametrize("layers", [4, 2])
-def test_training_step_costs_no_more(target, layers):
+def test_training_step_costs_no_more(target):
     if target.name == "v6e":
         pytest.skip("compiles for a minute, and the sums are those of a v5e")
     # The sums must fuse with the backward pass. If not, they cost up to half the step.
-    step = accelerators.dense_training_step(layers)
+    step = accelerators.dense_training_step(layers=4)
     theirs, ours = (step.program(target, clip).program for clip in ("optax", "ours"))
     assert cost_of(ours) <= 1.02 * cost_of(theirs)
 

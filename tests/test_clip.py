@@ -268,6 +268,22 @@ def test_error_policy():
     np.testing.assert_allclose(clipped, [0.6, 0.8], 1e-6)
 
 
+@pytest.mark.parametrize("after", [1e-6, 0.25, 8.0])
+@pytest.mark.parametrize("before", [1e-6, 0.25, 8.0])
+def test_products_with_constants_around_a_clip(before, after):
+    # XLA may merge constants of one product, as of a mean over steps, with ours.
+    leaf = np.float32([3e6, -4e6, 0.5, 1e-10])
+
+    @jax.jit
+    def update(leaf):
+        clipped, _ = clip_updates(leaf * before, 1.0)
+        return clipped * after
+
+    scaled = leaf * np.float64(before)
+    expected = scaled * min(1, 1 / np.linalg.norm(scaled)) * after
+    np.testing.assert_allclose(update(leaf), expected, 1e-6)
+
+
 def test_unknown_policy():
     with pytest.raises(ValueError, match="nonfinite='skip'.*nan, zero, error"):
         clip_updates(jnp.ones(3), 1.0, nonfinite="skip")  # pyright: ignore
