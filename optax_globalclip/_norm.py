@@ -244,10 +244,13 @@ class _Known(NamedTuple):
 
     def is_that_of(self, leaves: Sequence[Leaf], ord: Scalar) -> bool:
         """Whether these are the very same arrays, and the orders known to be equal."""
-        both = isinstance(ord, float) and isinstance(self.ord, float)
+        if isinstance(ord, float) and isinstance(self.ord, float):
+            same_order = ord == self.ord
+        else:
+            same_order = ord is self.ord
         return (
-            len(leaves) == len(self.leaves)
-            and (ord is self.ord or (both and ord == self.ord))
+            same_order
+            and len(leaves) == len(self.leaves)
             and all(
                 a.array is b.array and a.axes == b.axes
                 for a, b in zip(leaves, self.leaves, strict=True)
