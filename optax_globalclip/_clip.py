@@ -12,7 +12,7 @@ import optax
 from . import _cpu
 from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfinite
 from ._errors import explained
-from ._mesh import factor_of, is_unreduced
+from ._mesh import factor_of, is_marked
 from ._norm import GlobalNorm, divide, formula_of, found, measure
 from ._range import wide
 from ._tree import (
@@ -291,9 +291,7 @@ def _scaled(
     Multiplied in at least float32, and rounded once to the dtype of the values.
     """
     shift, scale = _factors(threshold, norm, within, zero)
-    # Each leaf's kernel computes this again. ``within`` would take more operations.
-    keep = scale == 1
-    return [_product_of(value, shift, scale, keep, zero) for value in values]
+    return [_product_of(value, shift, scale, zero) for value in values]
 
 
 @_scaled.defjvp
@@ -321,25 +319,32 @@ def _scaled_jvp(primals, tangents):
 def kept_or_zero(value: jax.Array, keep: jax.Array) -> jax.Array:
     """The value if ``keep``, else zeros."""
     one = jnp.ones((), accumulator_dtype([value]))
-    return _product_of(value, one, one, keep, ~keep)
+    return _product_of(value, one, one, ~keep)
 
 
-def _product_of(value, shift, scale, keep, zero):
-    if is_unreduced(value) or not _cpu.can_multiply(value, scale):
-        return _product(value, shift, scale, keep, zero)
+def _product_of(value, shift, scale, zero):
+    if is_marked(value) or not _cpu.can_multiply(value, scale):
+        return _product(value, shift, scale, zero)
     return jax.lax.platform_dependent(
-        value, shift, scale, keep, zero, cpu=_cpu.product, default=_product
+        value, shift, scale, zero, cpu=_cpu.product, default=_product
     )
 
 
 # Traced once for leaves of one type.
 @functools.partial(jax.jit, inline=True)
-def _product(value, shift, scale, keep, zero):
+def _product(value, shift, scale, zero):
+    """The value if ``scale`` is 1, zeros if ``zero``, else times both factors."""
     to = wide(value, scale.dtype)
-    shift, scale = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
-    product = (value.astype(to) * shift * scale).astype(value.dtype)
+    shift_, scale_ = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
+    entries = value.astype(to)
+    product = (entries * shift_ * scale_).astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
-    if zero is not None:
-        product = jnp.where(zero, 0, product)
-    return jax.lax.select(keep, value, product)
+    if is_marked(value):
+        kept = scale == 1
+    else:
+        # Entry by entry: a scalar would be one more operand of each kernel, which takes
+        # a TPU longer (docs/cost.md).
+        kept = jnp.where(jnp.isnan(entries), 0, scale) == 1
+    product = jax.lax.select(kept, value, product)
+    return product if zero is None else jnp.where(zero, 0, product)

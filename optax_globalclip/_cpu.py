@@ -83,13 +83,9 @@ def can_multiply(array: jax.Array, factor: jax.Array) -> bool:
 
 
 def product(
-    array: jax.Array,
-    shift: jax.Array,
-    scale: jax.Array,
-    keep: jax.Array,
-    zero: jax.Array | None,
+    array: jax.Array, shift: jax.Array, scale: jax.Array, zero: jax.Array | None
 ) -> jax.Array:
-    """``array * shift * scale`` in bfloat16, by integers; the array if ``keep``.
+    """``array * shift * scale`` in bfloat16, by integers; the array if ``scale`` is 1.
 
     XLA on CPU would convert the leaf to float32, share that conversion with the norm's,
     and so materialize a float32 copy of the leaf. It would also round the product again
@@ -103,10 +99,10 @@ def product(
     # unit, or just half and the upper odd. Infinity and NaN stay: the lower half of
     # their bits is 0, in the array and in the factors.
     rounded = (wide_bits + 0x7FFF + (wide_bits >> 16 & 1)) >> 16
-    rounded = rounded.astype(jnp.uint16)
+    rounded = lax.select(scale == 1, bits, rounded.astype(jnp.uint16))
     if zero is not None:
         rounded = jnp.where(zero, 0, rounded)
-    return lax.bitcast_convert_type(lax.select(keep, bits, rounded), jnp.bfloat16)
+    return lax.bitcast_convert_type(rounded, jnp.bfloat16)
 
 
 class _Packed(NamedTuple):

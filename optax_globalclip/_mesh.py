@@ -83,10 +83,15 @@ def on_shards(
     )(arrays, *args)
 
 
-def is_unreduced(array: jax.Array) -> bool:
-    """Whether the array is unreduced: its cross-device sum is still pending."""
+def is_marked(array: jax.Array) -> bool:
+    """Whether the array is marked as unreduced, or as reduced over explicit axes.
+
+    The sum of an unreduced array over devices is still pending. JAX permits few
+    operations on such arrays but products with scalars.
+    """
     spec = jax.typeof(array).sharding.spec
-    return bool(_manual_axes(array, "unreduced") or spec.unreduced)
+    explicit = spec.unreduced | spec.reduced
+    return bool(explicit or _manual_axes(array, "unreduced"))
 
 
 def reduced(array: jax.Array) -> jax.Array:
