@@ -345,6 +345,6 @@ def _product(value, shift, scale, zero):
     else:
         # Entry by entry: a scalar would be one more operand of each kernel, which takes
         # a TPU longer (docs/cost.md).
-        kept = jnp.where(jnp.isnan(entries), 0, scale) == 1
+        kept = jax.lax.clamp(scale, entries.real, scale) == 1
     product = jax.lax.select(kept, value, product)
     return product if zero is None else jnp.where(zero, 0, product)

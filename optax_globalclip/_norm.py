@@ -35,10 +35,11 @@ from ._tree import (
     split_updates,
 )
 
-# Up to _MANY arrays of one type and at most _SMALL entries are added entry by entry
-# before they are reduced; of larger ones, up to _FEW. Each reduction is a kernel, and
-# each addend one of its operands.
-_SMALL, _MANY, _FEW = 4096, 64, 16
+# Up to _ADDENDS arrays of one type are added entry by entry before they are reduced.
+# Each reduction is a kernel, and each addend one of its operands.
+_ADDENDS = 16
+# The most entries of an array that is added to others without being reduced first.
+_SMALL = 4096
 # The most rows that are reduced to a number each.
 _ROWS = 8192
 
@@ -326,37 +327,39 @@ def _three_sums(
     for alike in _alike(arrays):
         (fitting if fits(alike[0].dtype, dtype) else others).append(alike)
     if fitting:
-        (plain,) = _sums_of_squares(fitting, dtype, (None,), in_rows)
+        (plain,) = _sums_of_squares(fitting, [None], dtype, in_rows)
         # Where another sum is to be trusted, these leaves do not change it: they are
         # negligible beside squares that overflow, and zero beside those that underflow.
         sums.append(jnp.stack([_nonfinite(plain), plain, _nonfinite(plain)]))
     if others:
         factors = limits.shrink, None, limits.grow
-        sums.append(_sums_of_squares(others, dtype, factors, in_rows))
+        sums.append(_sums_of_squares(others, factors, dtype, in_rows))
     return add(sums)
 
 
 def _sums_of_squares(
     groups: list[list[jax.Array]],
-    dtype: jnp.dtype,
     factors: Sequence[float | None],
+    dtype: jnp.dtype,
     in_rows: bool,
 ) -> jax.Array:
     """The sums of squares of all entries times each factor, in one read of them."""
     merged, others = [], []
     for group in groups:
         merge = is_local(group[0]) and (in_rows or _is_small(group[0]))
-        (merged if merge else others).append(group)
+        parts = [part for array in group for part in real_parts(array, dtype)]
+        (merged if merge else others).append(parts)
     sums = []
+    zero = jax.lax.optimization_barrier(jnp.zeros((), dtype))  # XLA does not see it.
     if merged:
         vectors = [
-            _added([_sums_of_rows(_squares(group, dtype, factor)) for group in merged])
+            _added([_sums_of_rows(_squares(parts, factor, zero)) for parts in merged])
             for factor in factors
         ]
         sums.append(jnp.sum(jnp.stack(vectors), axis=1))
     if others:
         numbers = [
-            add([jnp.sum(_squares(group, dtype, factor)) for group in others])
+            add([jnp.sum(_squares(parts, factor, zero)) for parts in others])
             for factor in factors
         ]
         # Stacked last: XLA adds scalars before it reduces them over devices.
@@ -379,29 +382,23 @@ def _sums_of_rows(squares: jax.Array) -> jax.Array:
 
 
 def _squares(
-    arrays: list[jax.Array], dtype: jnp.dtype, factor: float | None
+    parts: list[jax.Array], factor: float | None, zero: jax.Array
 ) -> jax.Array:
-    """The squares of the entries of arrays of one type, added up entry by entry."""
-    parts = [part for array in arrays for part in real_parts(array, dtype)]
+    """The squares of arrays of one shape, each times the factor, added up."""
     if factor is not None:
-        parts = [_scaled(part, factor) for part in parts]
-    return add(list(map(jnp.square, parts)))
+        # XLA makes ``(x * x) * (c * c)`` of ``(x * c) * (x * c)`` if x is a scalar, also
+        # one that is broadcast, even if a factor of that overflows. It has no such rule
+        # for a sum. It rewrites other squares with overflows too:
+        # https://github.com/jax-ml/jax/issues/37919
+        parts = [part * part.dtype.type(factor) + zero for part in parts]
+    squares = [part * part for part in parts]
+    # Of small arrays added in pairs, XLA on GPU makes a kernel for each pair. Of large
+    # ones added one after the other, it materializes some.
+    return functools.reduce(jnp.add, squares) if _is_small(parts[0]) else add(squares)
 
 
 def _nonfinite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), 0, x)
-
-
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    """The product, whose square XLA does not rewrite.
-
-    XLA makes ``(x * x) * (c * c)`` of ``(x * c) * (x * c)`` where x is a scalar, also
-    one that is broadcast, even if a factor of that overflows. It has no such rule for a
-    sum, so a zero is added that it does not see. It rewrites other squares with
-    overflows too: https://github.com/jax-ml/jax/issues/37919
-    """
-    zero = jax.lax.optimization_barrier(jnp.zeros((), x.dtype))
-    return x * x.dtype.type(factor) + zero
 
 
 def _alike(arrays: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
@@ -413,9 +410,8 @@ def _alike(arrays: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
     for i, array in enumerate(arrays):
         groups.setdefault(jax.typeof(array) if is_local(array) else i, []).append(array)
     for group in groups.values():
-        length = _MANY if _is_small(group[0]) else _FEW
-        for i in range(0, len(group), length):
-            yield group[i : i + length]
+        for i in range(0, len(group), _ADDENDS):
+            yield group[i : i + _ADDENDS]
 
 
 def _is_small(array: jax.Array) -> bool:
