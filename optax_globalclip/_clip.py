@@ -203,8 +203,7 @@ def _clip(values, norm, threshold, nonfinite):
     zero = ~finite if nonfinite == "zero" else None
     clip_to = threshold.astype(norm.value.dtype)
     with jax.named_scope("clip_by_global_norm"):
-        shift, scale = _factors(clip_to, norm, within, zero)
-        values = _scaled(values, clip_to, norm, within, zero)
+        values, shift, scale = _scaled(values, clip_to, norm, within, zero)
     return values, Clip(
         norm.norm,
         threshold,
@@ -224,8 +223,59 @@ def _reported(
 
 
 @jax.custom_jvp
+def _scaled(
+    values: list[jax.Array],
+    threshold: jax.Array,
+    norm: GlobalNorm,
+    within: jax.Array,
+    zero: jax.Array | None,
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """The values if ``within``, zeros if ``zero``, else times ``threshold / norm``.
+
+    Multiplied in at least float32, and rounded once to the dtype of the values.
+
+    Returns:
+      The results, and the two factors whose product is ``threshold / norm``.
+    """
+    shift, scale = _factors(threshold, norm, within)
+    return [_product_of(x, shift, scale, zero) for x in values], shift, scale
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    """With s = threshold/norm: s ẋ + x/norm · (threshold˙ - s norm˙)."""
+    values, _, norm, within, zero = primals
+    dots, threshold_dot, norm_dot, _, _ = tangents
+    scaled, shift, scale = _scaled(*primals)
+    # Where updates stay as they are, or become 0, so do their factors.
+    fixed = within if zero is None else within | zero
+    norm = GlobalNorm(
+        norm.norm.astype(scale.dtype), *(jnp.where(fixed, 1, x) for x in norm[1:])
+    )
+    threshold_dot, norm_dot, *factors = (
+        jnp.where(fixed, 0, x.astype(scale.dtype))
+        for x in (threshold_dot, norm_dot.norm, shift, scale)
+    )
+    # Not the product of the factors, which may be subnormal.
+    moved = threshold_dot - norm_dot * factors[0] * factors[1]
+    slope = divide(moved, norm) / jax.lax.stop_gradient(shift)
+    kept_scale = scale if zero is None else jnp.where(zero, 0, scale)
+
+    def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:
+        to = wide(x, scale.dtype)
+        factors = (factor_of(x, f.astype(to)) for f in (shift, kept_scale, moved))
+        shift_, scale_, moved_ = factors
+        if zero is not None:
+            x, dot = jnp.where(zero, 0, x), jnp.where(zero, 0, dot)
+        turned = divide(x.astype(to), norm) * moved_
+        return (dot.astype(to) * shift_ * scale_ + turned).astype(x.dtype)
+
+    dots = list(map(tangent, values, dots))
+    return (scaled, shift, scale), (dots, jnp.zeros_like(shift), slope)
+
+
 def _factors(
-    threshold: jax.Array, norm: GlobalNorm, within: jax.Array, zero: jax.Array | None
+    threshold: jax.Array, norm: GlobalNorm, within: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """``threshold / norm`` as a product of two floats, both 1 if ``within``.
 
@@ -233,7 +283,6 @@ def _factors(
     and zero elsewhere. Both end in a division, because XLA on CPU would compute cheaper
     factors again in the kernel of every leaf.
     """
-    del zero
     finite = jnp.isfinite(norm.value)
     value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
     unit = jnp.where(within, 1, norm.unit)
@@ -252,68 +301,6 @@ def _factors(
     divisor = jnp.where(split, value * (unit * least), divisor)
     shift = 1 / jnp.where(split, 1 / least, 1).astype(threshold.dtype)
     return shift, dividend / divisor
-
-
-@_factors.defjvp
-def _factors_jvp(primals, tangents):
-    """With s = threshold/norm, the derivative of s is (threshold˙ - s norm˙)/norm."""
-    shift, scale = _factors(*primals)
-    norm, moved = _moved(primals, tangents, shift, scale)
-    slope = divide(moved, norm) / jax.lax.stop_gradient(shift)
-    return (shift, scale), (jnp.zeros_like(shift), slope)
-
-
-def _moved(primals, tangents, shift, scale):
-    """The norm, and threshold˙ - s norm˙; 1 and 0 if the updates stay as they are."""
-    _, norm, within, zero = primals
-    fixed = within if zero is None else within | zero
-    threshold_dot, norm_dot, shift, scale = (
-        jnp.where(fixed, 0, x.astype(scale.dtype))
-        for x in (tangents[0], tangents[1].norm, shift, scale)
-    )
-    norm = GlobalNorm(
-        norm.norm.astype(scale.dtype), *(jnp.where(fixed, 1, x) for x in norm[1:])
-    )
-    # Not ``shift * scale``, which may be subnormal.
-    return norm, threshold_dot - norm_dot * shift * scale
-
-
-@jax.custom_jvp
-def _scaled(
-    values: list[jax.Array],
-    threshold: jax.Array,
-    norm: GlobalNorm,
-    within: jax.Array,
-    zero: jax.Array | None,
-) -> list[jax.Array]:
-    """The values if ``within``, zeros if ``zero``, else times ``threshold / norm``.
-
-    Multiplied in at least float32, and rounded once to the dtype of the values.
-    """
-    shift, scale = _factors(threshold, norm, within, zero)
-    return [_product_of(value, shift, scale, zero) for value in values]
-
-
-@_scaled.defjvp
-def _scaled_jvp(primals, tangents):
-    """With s = threshold/norm: s ẋ + x/norm · (threshold˙ - s norm˙)."""
-    (values, *others), (dots, *other_dots) = primals, tangents
-    shift, scale = _factors(*others)
-    norm, moved = _moved(others, other_dots, shift, scale)
-    zero = others[-1]
-    if zero is not None:
-        scale = jnp.where(zero, 0, scale)
-
-    def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:
-        to = wide(x, scale.dtype)
-        factors = (factor_of(x, f.astype(to)) for f in (shift, scale, moved))
-        shift_, scale_, moved_ = factors
-        if zero is not None:
-            x, dot = jnp.where(zero, 0, x), jnp.where(zero, 0, dot)
-        turned = divide(x.astype(to), norm) * moved_
-        return (dot.astype(to) * shift_ * scale_ + turned).astype(x.dtype)
-
-    return _scaled(*primals), list(map(tangent, values, dots))
 
 
 def kept_or_zero(value: jax.Array, keep: jax.Array) -> jax.Array:

@@ -386,9 +386,9 @@ def _squares(
 ) -> jax.Array:
     """The squares of arrays of one shape, each times the factor, added up."""
     if factor is not None:
-        # XLA makes ``(x * x) * (c * c)`` of ``(x * c) * (x * c)`` if x is a scalar, also
-        # one that is broadcast, even if a factor of that overflows. It has no such rule
-        # for a sum. It rewrites other squares with overflows too:
+        # If x is a scalar, also one that is broadcast, XLA makes ``(x * x) * (c * c)``
+        # of ``(x * c) * (x * c)``, even if a factor of that overflows. It has no such
+        # rule for a sum. It rewrites other squares with overflows too:
         # https://github.com/jax-ml/jax/issues/37919
         parts = [part * part.dtype.type(factor) + zero for part in parts]
     squares = [part * part for part in parts]
