@@ -1,8 +1,8 @@
 """The Optax gradient transformations, and their states."""
 
+import functools
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from ._checks import (
     check_nonfinite,
     check_pair,
 )
-from ._clip import Clip, check_finite, clip_leaves, kept_or_zero, norm_given
+from ._clip import check_finite, clip_leaves, kept_or_zero, norm_given
 from ._errors import explained
 from ._mesh import replicated
 from ._norm import GlobalNorm, formula_of, known_norm, measure
@@ -167,42 +167,42 @@ def clip_by_global_norm(
             state = init_fn(None)
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
-        norm = norm_given(leaves, use_norm, order)
-        update = _step(max_norm, _update, _compiled_update)
-        arrays, clip, state = update(
-            leaves, state, norm, max_norm, formula_of(order), nonfinite
+        norm = _known_norm(leaves, use_norm, order, max_norm)
+        norm, threshold, threshold_state = next_threshold(
+            max_norm, norm, state.threshold_state, state.num_updates
+        )
+        arrays, clip, state = _clip(
+            leaves,
+            norm,
+            threshold,
+            state._replace(threshold_state=None),
+            formula_of(order),
+            nonfinite,
         )
         check_finite(clip, nonfinite)
-        return join(arrays), state
+        return join(arrays), state._replace(threshold_state=threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _update(leaves, state, norm, max_norm, formula, nonfinite):
-    """Measures, finds the threshold, and clips: all the arithmetic of an update."""
+def _known_norm(leaves, use_norm, order, max_norm) -> GlobalNorm | None:
+    """The norm if it is given, or if a :class:`Threshold` is to see it.
+
+    Otherwise None: then the norm is measured by the compiled function that uses it, so
+    that an update outside ``jit`` is one call.
+    """
+    norm = norm_given(leaves, use_norm, order)
+    if norm is None and isinstance(max_norm, Threshold):
+        return measure(leaves, formula_of(order))
+    return norm
+
+
+@functools.partial(jax.jit, static_argnames="nonfinite")
+def _clip(leaves, norm, threshold, state, formula, nonfinite):
+    """Measures, unless the norm is known, clips and counts."""
     norm = measure(leaves, formula) if norm is None else norm
-    norm, threshold, threshold_state = next_threshold(
-        max_norm, norm, state.threshold_state, state.num_updates
-    )
     arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
-    state = _clipped(state._replace(threshold_state=None), clip)
-    return arrays, clip, state._replace(threshold_state=threshold_state)
-
-
-_compiled_update = jax.jit(_update, static_argnames="nonfinite")
-
-
-def _step(
-    max_norm: MaxNorm | None, traced: Callable[..., Any], compiled: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The compiled function, unless it would call a function of the user's."""
-    return traced if callable(max_norm) or isinstance(max_norm, Threshold) else compiled
-
-
-@jax.jit
-def _clipped(state: ClipByGlobalNormState, clip: Clip) -> ClipByGlobalNormState:
-    """The state after a clip, without the threshold's."""
-    return state._replace(
+    state = state._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
         threshold=clip.threshold.astype(jnp.float32),
@@ -210,6 +210,7 @@ def _clipped(state: ClipByGlobalNormState, clip: Clip) -> ClipByGlobalNormState:
         num_clipped=_count_if(clip.clipped, state.num_clipped),
         num_nonfinite=_count_if(~clip.finite, state.num_nonfinite),
     )
+    return arrays, clip, state
 
 
 class SkipByGlobalNormState(NamedTuple):
@@ -335,13 +336,16 @@ def skip_by_global_norm(
             state = init_fn(updates if params is None else params)
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
-        norm = norm_given(leaves, extra_args.get("use_norm"), order)
-        judge = _step(max_norm, _judge, _compiled_judge)
-        taken, leaves, norm, own = judge(
+        norm = _known_norm(leaves, extra_args.get("use_norm"), order, max_norm)
+        judged, threshold, threshold_state = next_threshold(
+            max_norm, norm, state.threshold_state, state.num_updates
+        )
+        taken, leaves, norm, own = _judge(
             leaves,
-            state._replace(inner_state=None),
             norm,
-            max_norm,
+            judged,
+            threshold,
+            state._replace(threshold_state=None, inner_state=None),
             formula_of(order),
             max_consecutive_skips,
         )
@@ -354,7 +358,8 @@ def skip_by_global_norm(
             )
         _check_returned(returned, state.inner_state)
         new_updates, inner_state = _select(taken, *returned, state.inner_state)
-        return new_updates, own._replace(inner_state=inner_state)
+        own = own._replace(threshold_state=threshold_state, inner_state=inner_state)
+        return new_updates, own
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -371,60 +376,37 @@ def _with_extra_args(inner: Any) -> Any:
     return lambda updates, state, params, **_: inner.update(updates, state, params)
 
 
-def _judge(leaves, state, norm, max_norm, formula, max_consecutive_skips):
-    """Measures, finds the threshold, and judges.
-
-    Returns also the leaves to run the inner update on. They are zeros if the step is
-    skipped, so that no check or line search inside sees what is skipped.
-    """
-    norm = measure(leaves, formula) if norm is None else norm
-    judged, threshold, threshold_state = next_threshold(
-        max_norm, norm, state.threshold_state, state.num_updates
-    )
-    state = state._replace(threshold_state=None)
-    taken, state = _judged(state, judged, threshold, max_consecutive_skips)
-    leaves, norm = _if_taken(taken, leaves, norm)
-    return taken, leaves, norm, state._replace(threshold_state=threshold_state)
-
-
-_compiled_judge = jax.jit(_judge)
-
-
 @jax.jit
-def _judged(
-    state: SkipByGlobalNormState,
-    norm: GlobalNorm,
-    threshold: Any,
-    max_consecutive_skips: Any,
-) -> tuple[jax.Array, SkipByGlobalNormState]:
-    """Whether to take the step, and the new state, without the inner one."""
-    threshold = jnp.maximum(jnp.asarray(threshold, norm.norm.dtype), 0)
+def _judge(leaves, norm, judged, threshold, state, formula, max_consecutive_skips):
+    """Measures, unless the norm is known, and judges the norm.
+
+    Returns also the leaves to run the inner update on, and their norm. They are zeros
+    if the step is skipped, so that no check or line search inside sees what is skipped.
+    """
+    if norm is None:
+        norm = judged = measure(leaves, formula)
+    threshold = jnp.maximum(jnp.asarray(threshold, judged.norm.dtype), 0)
     # Compared this way round, a NaN threshold skips the step.
-    taken = norm.norm <= threshold
+    taken = judged.norm <= threshold
     if max_consecutive_skips is not None:
         taken |= state.num_consecutive_skips >= max_consecutive_skips
     taken &= jnp.isfinite(norm.value)
     consecutive = _count_if(True, state.num_consecutive_skips)
-    return taken, state._replace(
-        global_norm=norm.norm.astype(jnp.float32),
+    state = state._replace(
+        global_norm=judged.norm.astype(jnp.float32),
         threshold=threshold.astype(jnp.float32),
         num_updates=_count_if(True, state.num_updates),
         num_skipped=_count_if(~taken, state.num_skipped),
         num_consecutive_skips=jnp.where(taken, 0, consecutive),
     )
 
+    def leaf_or_zero(leaf: Leaf) -> Leaf:
+        values = kept_or_zero(values_of(leaf.array), taken)
+        return Leaf(with_values(leaf.array, values), leaf.axes)
 
-@jax.jit
-def _if_taken(
-    taken: jax.Array, leaves: list[Leaf], norm: GlobalNorm
-) -> tuple[list[Leaf], GlobalNorm]:
-    """The leaves and their norm; zeros if the step is skipped."""
     measured, value = (jnp.where(taken, x, 0) for x in (norm.norm, norm.value))
-    values = [kept_or_zero(values_of(leaf.array), taken) for leaf in leaves]
-    return [
-        Leaf(with_values(leaf.array, value), leaf.axes)
-        for leaf, value in zip(leaves, values, strict=True)
-    ], GlobalNorm(measured, value, norm.unit)
+    norm = GlobalNorm(measured, value, norm.unit)
+    return taken, list(map(leaf_or_zero, leaves)), norm, state
 
 
 @jax.jit
