@@ -140,18 +140,13 @@ def clip_by_global_norm(
     check_nonfinite(nonfinite, max_norm)
 
     def init_fn(params: optax.Params | None) -> ClipByGlobalNormState:
-        return ClipByGlobalNormState(
-            **_scalars(
-                params,
-                global_norm=np.zeros((), np.float32),
-                clip_scale=np.ones((), np.float32),
-                threshold=np.array(np.inf, np.float32),
-                num_updates=np.zeros((), np.int32),
-                num_clipped=np.zeros((), np.int32),
-                num_nonfinite=np.zeros((), np.int32),
-                threshold_state=initial_state(max_norm),
-            )
+        # From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
+        norm, scale, threshold = np.array([0, 1, np.inf], np.float32)
+        counters = np.zeros(3, np.int32)
+        state = ClipByGlobalNormState(
+            norm, scale, threshold, *counters, initial_state(max_norm)
         )
+        return jax.device_put(state, replicated(params))
 
     @explained(max_norm=max_norm, ord=ord)
     def update_fn(
@@ -314,16 +309,14 @@ def skip_by_global_norm(
         )
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
-        scalars = _scalars(
-            params,
-            global_norm=np.zeros((), np.float32),
-            threshold=np.array(np.inf, np.float32),
-            num_updates=np.zeros((), np.int32),
-            num_skipped=np.zeros((), np.int32),
-            num_consecutive_skips=np.zeros((), np.int32),
-            threshold_state=initial_state(max_norm),
+        # From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
+        norm, threshold = np.array([0, np.inf], np.float32)
+        counters = np.zeros(3, np.int32)
+        own = SkipByGlobalNormState(
+            norm, threshold, *counters, initial_state(max_norm), inner_state=None
         )
-        return SkipByGlobalNormState(**scalars, inner_state=inner.init(params))
+        own = jax.device_put(own, replicated(params))
+        return own._replace(inner_state=inner.init(params))
 
     @explained(max_norm=max_norm, ord=ord)
     def update_fn(
@@ -366,13 +359,13 @@ def skip_by_global_norm(
 
 def _with_extra_args(inner: Any) -> Any:
     """The inner update, which is passed extra arguments only if it takes any."""
-    if isinstance(inner, optax.GradientTransformationExtraArgs):
-        return inner.update
+    takes_any = isinstance(inner, optax.GradientTransformationExtraArgs)
     if not isinstance(inner, optax.GradientTransformation):
         # Such as optax.MultiSteps, which is no transformation but has its methods.
-        kinds = [p.kind for p in inspect.signature(inner.update).parameters.values()]
-        if inspect.Parameter.VAR_KEYWORD in kinds:
-            return inner.update
+        parameters = inspect.signature(inner.update).parameters.values()
+        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    if takes_any:
+        return inner.update
     return lambda updates, state, params, **_: inner.update(updates, state, params)
 
 
@@ -415,22 +408,18 @@ def _select(
 ) -> tuple[Any, Any]:
     """Updates and new state if taken, else zeros and the state as it was."""
 
-    def update_or_zero(leaf: Any) -> Any:
-        return leaf if is_float0(values_of(leaf)) else _array_if(taken, leaf)
+    def update_or_zero(update: Any) -> Any:
+        values = values_of(update)
+        if is_float0(values):
+            return update
+        return with_values(update, jnp.where(taken, values, jnp.zeros_like(values)))
 
     def new_or_old(new: Any, old: Any) -> jax.Array:
         old = jnp.asarray(old)
-        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-            return jnp.where(taken, new, old)
-        return jnp.where(taken, jnp.asarray(new).astype(old.dtype), old)
+        return jnp.where(taken, jnp.asarray(new, old.dtype), old)
 
     updates = jax.tree.map(update_or_zero, updates, is_leaf=is_sparse)
     return updates, jax.tree.map(new_or_old, new_state, state)
-
-
-def _array_if(taken: jax.Array, array: Any) -> Any:
-    values = values_of(array)
-    return with_values(array, jnp.where(taken, values, jnp.zeros_like(values)))
 
 
 def _check_returned(returned: Any, state: Any) -> None:
@@ -480,14 +469,6 @@ def _check_scalars(state: ClipByGlobalNormState | SkipByGlobalNormState) -> None
 def _count_if(happened: jax.Array | bool, counter: jax.Array) -> jax.Array:
     """The counter, incremented if it happened; it saturates."""
     return jnp.where(happened, optax.safe_increment(counter), counter)
-
-
-def _scalars(params: optax.Params | None, **fields: Any) -> dict[str, Any]:
-    """The fields, on every device of the mesh that the parameters are on.
-
-    From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
-    """
-    return jax.device_put(fields, replicated(params))
 
 
 for _state in (
