@@ -98,25 +98,32 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
 
 
 def next_threshold(
-    max_norm: MaxNorm | None, norm: Any, state: ThresholdState, count: jax.Array
+    max_norm: MaxNorm | None, norm: Any, state: Any
 ) -> tuple[Any, Scalar | None, ThresholdState]:
     """The norm as it is to be judged, the threshold, and the threshold's new state.
 
-    The norm may be None, not measured so far, unless ``max_norm`` is a
-    :class:`Threshold`. That works in float32, so its norm is judged in float32.
+    A :class:`Threshold` works in float32, so its norm is judged in float32.
+
+    Args:
+      max_norm: as for the transformations.
+      norm: the norm; None if it is not measured yet and ``max_norm`` is no Threshold.
+      state: the state of the transformation.
     """
     if isinstance(max_norm, Threshold):
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
-        own = state if jax.tree.leaves(state) else max_norm.init()
-        returned = max_norm.update(norm.norm, own, count)
+        own = state.threshold_state
+        own = own if jax.tree.leaves(own) else max_norm.init()
+        returned = max_norm.update(norm.norm, own, state.num_updates)
         check_pair("Threshold.update", returned, "Return (threshold, state).")
         threshold, proposed = returned
         new_state = admitted(norm.norm, _like(proposed, own), own)
         kept = new_state if jax.tree.leaves(own) else None
         return norm, _returned("Threshold.update", threshold), kept
     if callable(max_norm):
-        return norm, _returned("The schedule max_norm", max_norm(count)), None
-    return norm, None if max_norm is None else as_scalar("max_norm", max_norm), None
+        threshold = _returned("The schedule max_norm", max_norm(state.num_updates))
+    else:
+        threshold = None if max_norm is None else as_scalar("max_norm", max_norm)
+    return norm, threshold, None
 
 
 def admitted(

@@ -14,6 +14,7 @@ import optax
 from ._checks import (
     NonFinite,
     Numeric,
+    Scalar,
     as_ord,
     check_count,
     check_like,
@@ -137,16 +138,13 @@ def clip_by_global_norm(
       <https://proceedings.mlr.press/v28/pascanu13.html>`_, 2013
     """
     max_norm, order = as_max_norm(max_norm), as_ord(ord)
+    formula = formula_of(order)
     check_nonfinite(nonfinite, max_norm)
 
     def init_fn(params: optax.Params | None) -> ClipByGlobalNormState:
-        # From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
-        norm, scale, threshold = np.array([0, 1, np.inf], np.float32)
-        counters = np.zeros(3, np.int32)
-        state = ClipByGlobalNormState(
-            norm, scale, threshold, *counters, initial_state(max_norm)
-        )
-        return jax.device_put(state, replicated(params))
+        # The norm, the scale and the threshold.
+        fields = _initial_fields([0, 1, math.inf], max_norm, params)
+        return ClipByGlobalNormState(*fields)
 
     @explained(max_norm=max_norm, ord=ord)
     def update_fn(
@@ -162,29 +160,23 @@ def clip_by_global_norm(
             state = init_fn(None)
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
-        norm = _known_norm(leaves, use_norm, order, max_norm)
-        norm, threshold, threshold_state = next_threshold(
-            max_norm, norm, state.threshold_state, state.num_updates
-        )
-        arrays, clip, state = _clip(
-            leaves,
-            norm,
-            threshold,
-            state._replace(threshold_state=None),
-            formula_of(order),
-            nonfinite,
-        )
+        norm = _norm_so_far(leaves, use_norm, order, max_norm)
+        norm, threshold, threshold_state = next_threshold(max_norm, norm, state)
+        own = state._replace(threshold_state=None)
+        arrays, clip, own = _clip(leaves, norm, threshold, own, formula, nonfinite)
         check_finite(clip, nonfinite)
-        return join(arrays), state._replace(threshold_state=threshold_state)
+        return join(arrays), own._replace(threshold_state=threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _known_norm(leaves, use_norm, order, max_norm) -> GlobalNorm | None:
+def _norm_so_far(
+    leaves: list[Leaf], use_norm: Any, order: Scalar, max_norm: MaxNorm | None
+) -> GlobalNorm | None:
     """The norm if it is given, or if a :class:`Threshold` is to see it.
 
-    Otherwise None: then the norm is measured by the compiled function that uses it, so
-    that an update outside ``jit`` is one call.
+    If it is None, the compiled function that uses the norm measures it, so that an
+    update outside ``jit`` is one call.
     """
     norm = norm_given(leaves, use_norm, order)
     if norm is None and isinstance(max_norm, Threshold):
@@ -300,6 +292,7 @@ def skip_by_global_norm(
     run_inner = _with_extra_args(inner)
     max_norm = as_max_norm(math.inf if max_norm is None else max_norm)
     order = as_ord(ord)
+    formula = formula_of(order)
     if max_consecutive_skips is not None:
         check_count(
             "max_consecutive_skips",
@@ -309,14 +302,9 @@ def skip_by_global_norm(
         )
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
-        # From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
-        norm, threshold = np.array([0, np.inf], np.float32)
-        counters = np.zeros(3, np.int32)
-        own = SkipByGlobalNormState(
-            norm, threshold, *counters, initial_state(max_norm), inner_state=None
-        )
-        own = jax.device_put(own, replicated(params))
-        return own._replace(inner_state=inner.init(params))
+        # The norm and the threshold.
+        fields = _initial_fields([0, math.inf], max_norm, params)
+        return SkipByGlobalNormState(*fields, inner_state=inner.init(params))
 
     @explained(max_norm=max_norm, ord=ord)
     def update_fn(
@@ -329,17 +317,15 @@ def skip_by_global_norm(
             state = init_fn(updates if params is None else params)
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
-        norm = _known_norm(leaves, extra_args.get("use_norm"), order, max_norm)
-        judged, threshold, threshold_state = next_threshold(
-            max_norm, norm, state.threshold_state, state.num_updates
-        )
+        norm = _norm_so_far(leaves, extra_args.get("use_norm"), order, max_norm)
+        judged, threshold, threshold_state = next_threshold(max_norm, norm, state)
         taken, leaves, norm, own = _judge(
             leaves,
             norm,
             judged,
             threshold,
             state._replace(threshold_state=None, inner_state=None),
-            formula_of(order),
+            formula,
             max_consecutive_skips,
         )
         with known_norm(leaves, order, norm):
@@ -464,6 +450,18 @@ def _check_scalars(state: ClipByGlobalNormState | SkipByGlobalNormState) -> None
                 "the state of one optimizer; for a batch of them, call update in "
                 "jax.vmap or jax.pmap."
             )
+
+
+def _initial_fields(
+    floats: list[float], max_norm: MaxNorm | None, params: optax.Params | None
+) -> tuple[Any, ...]:
+    """The floats, three counters at 0 and the threshold's state.
+
+    All lie on every device of the mesh that the parameters are on. They come from
+    NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
+    """
+    scalars = *np.array(floats, np.float32), *np.zeros(3, np.int32)
+    return jax.device_put((*scalars, initial_state(max_norm)), replicated(params))
 
 
 def _count_if(happened: jax.Array | bool, counter: jax.Array) -> jax.Array:
