@@ -290,8 +290,7 @@ def skip_by_global_norm(
             "skip_by_global_norm(optax.adam(1e-3), max_norm)."
         )
     run_inner = _with_extra_args(inner)
-    max_norm = as_max_norm(math.inf if max_norm is None else max_norm)
-    order = as_ord(ord)
+    max_norm, order = as_max_norm(max_norm), as_ord(ord)
     formula = formula_of(order)
     if max_consecutive_skips is not None:
         check_count(
@@ -357,23 +356,22 @@ def _with_extra_args(inner: Any) -> Any:
 
 @jax.jit
 def _judge(leaves, norm, judged, threshold, state, formula, max_consecutive_skips):
-    """Measures, unless the norm is known, and judges the norm.
+    """Measures, unless the norm is known, judges as a clip does, and counts.
 
     Returns also the leaves to run the inner update on, and their norm. They are zeros
     if the step is skipped, so that no check or line search inside sees what is skipped.
     """
     if norm is None:
         norm = judged = measure(leaves, formula)
-    threshold = jnp.maximum(jnp.asarray(threshold, judged.norm.dtype), 0)
-    # Compared this way round, a NaN threshold skips the step.
-    taken = judged.norm <= threshold
+    _, clip = clip_leaves([], judged, threshold, "nan")
+    above = clip.clipped
     if max_consecutive_skips is not None:
-        taken |= state.num_consecutive_skips >= max_consecutive_skips
-    taken &= jnp.isfinite(norm.value)
+        above &= state.num_consecutive_skips < max_consecutive_skips
+    taken = clip.finite & ~above
     consecutive = _count_if(True, state.num_consecutive_skips)
     state = state._replace(
-        global_norm=judged.norm.astype(jnp.float32),
-        threshold=threshold.astype(jnp.float32),
+        global_norm=clip.norm.astype(jnp.float32),
+        threshold=clip.threshold.astype(jnp.float32),
         num_updates=_count_if(True, state.num_updates),
         num_skipped=_count_if(~taken, state.num_skipped),
         num_consecutive_skips=jnp.where(taken, 0, consecutive),
