@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._transform import ClipByGlobalNormState, SkipByGlobalNormState
+from ._transform import TREES, ClipByGlobalNormState, SkipByGlobalNormState
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -100,10 +100,8 @@ def _is_ours(node: object) -> bool:
     if not isinstance(node, Mapping):
         return isinstance(node, types)
     # Converters may leave out a threshold_state that is None.
-    optional = {"threshold_state", "inner_state"}
     return any(
-        set(state._fields) - optional <= set(node) <= set(state._fields)
-        for state in types
+        set(state._fields) - TREES <= set(node) <= set(state._fields) for state in types
     )
 
 
@@ -113,7 +111,7 @@ def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
     state = {
         name: _as_array(name, value)
         for name, value in fields.items()
-        if name not in ("threshold_state", "inner_state")
+        if name not in TREES
     }
 
     def share(counter: str) -> jax.Array:

@@ -94,7 +94,8 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
     if not isinstance(max_norm, Threshold):
         return None
     state = max_norm.init()
-    return jax.tree.map_with_path(_copy, state) if jax.tree.leaves(state) else None
+    _check_arrays("init", state)
+    return jax.tree.map(_copy, state) if jax.tree.leaves(state) else None
 
 
 def next_threshold(
@@ -109,49 +110,46 @@ def next_threshold(
       norm: the norm; None if it is not measured yet and ``max_norm`` is no Threshold.
       state: the state of the transformation.
     """
+    count = state.num_updates
     if isinstance(max_norm, Threshold):
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
         own = state.threshold_state
         own = own if jax.tree.leaves(own) else max_norm.init()
-        returned = max_norm.update(norm.norm, own, state.num_updates)
+        returned = max_norm.update(norm.norm, own, count)
         check_pair("Threshold.update", returned, "Return (threshold, state).")
         threshold, proposed = returned
         new_state = admitted(norm.norm, _like(proposed, own), own)
         kept = new_state if jax.tree.leaves(own) else None
         return norm, _returned("Threshold.update", threshold), kept
     if callable(max_norm):
-        threshold = _returned("The schedule max_norm", max_norm(state.num_updates))
-    else:
-        threshold = None if max_norm is None else as_scalar("max_norm", max_norm)
-    return norm, threshold, None
+        return norm, _returned("The schedule max_norm", max_norm(count)), None
+    return norm, None if max_norm is None else as_scalar("max_norm", max_norm), None
 
 
-def admitted(
-    norm: jax.Array, proposed: ThresholdState, state: ThresholdState
-) -> ThresholdState:
+def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
     """The state proposed if the norm is finite, else the state as it was."""
     finite = jnp.isfinite(norm)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
 
 
-def _copy(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-    _check_array("init", path, leaf)
+def _copy(leaf: Any) -> jax.Array:
     # By NumPy if it can be: ``jax_debug_infs`` objects to an inf that JAX computes.
     asarray = jnp.asarray if isinstance(leaf, jax.Array) else np.asarray
     return jax.device_put(asarray(leaf, jnp.result_type(leaf)), may_alias=False)
 
 
-def _check_array(function: str, path: tuple[Any, ...], leaf: Any) -> None:
+def _check_arrays(function: str, state: ThresholdState) -> None:
     """Raises if a leaf of the threshold's state is no array and no number."""
-    of_numpy = isinstance(leaf, np.ndarray | np.generic)
-    known = of_numpy or isinstance(leaf, jax.Array | int | float | complex)
-    known = known or hasattr(leaf, "__jax_array__")
-    # Objects, strings (S, U) and dates (m, M), of which JAX has no arrays.
-    if not known or (of_numpy and leaf.dtype.kind in "OSUmM"):
-        raise TypeError(
-            f"Threshold.{function} returned state{jax.tree_util.keystr(path)} of type "
-            f"{type(leaf).__name__}. Return a tree of arrays and numbers."
-        )
+    known = jax.Array | np.ndarray | np.generic | int | float | complex
+    for path, leaf in jax.tree.leaves_with_path(state):
+        is_known = isinstance(leaf, known) or hasattr(leaf, "__jax_array__")
+        # Objects, strings (S, U) and dates (m, M), of which JAX has no arrays.
+        kind = getattr(getattr(leaf, "dtype", None), "kind", "f")
+        if not is_known or kind in "OSUmM":
+            raise TypeError(
+                f"Threshold.{function} returned state{jax.tree_util.keystr(path)} of "
+                f"type {type(leaf).__name__}. Return a tree of arrays and numbers."
+            )
 
 
 def _returned(who: str, threshold: Any) -> Scalar:
@@ -182,8 +180,7 @@ def _like(proposed: ThresholdState, state: ThresholdState) -> ThresholdState:
             )
         return jnp.asarray(new, old.dtype)
 
-    for path, leaf in jax.tree.leaves_with_path(proposed):
-        _check_array("update", path, leaf)
+    _check_arrays("update", proposed)
     remedy = "Return the structure and the shapes that init returns."
     check_like("Threshold.update", "state", proposed, state, remedy)
     return jax.tree.map_with_path(leaf_like, proposed, state)

@@ -14,7 +14,6 @@ import optax
 from ._checks import (
     NonFinite,
     Numeric,
-    Scalar,
     as_ord,
     check_count,
     check_like,
@@ -44,6 +43,9 @@ from ._tree import (
     values_of,
     with_values,
 )
+
+# The fields of the states that are no scalars.
+TREES = {"threshold_state", "inner_state"}
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -160,7 +162,9 @@ def clip_by_global_norm(
             state = init_fn(None)
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
-        norm = _norm_so_far(leaves, use_norm, order, max_norm)
+        norm = norm_given(leaves, use_norm, order)
+        if norm is None and isinstance(max_norm, Threshold):
+            norm = measure(leaves, formula)
         norm, threshold, threshold_state = next_threshold(max_norm, norm, state)
         own = state._replace(threshold_state=None)
         arrays, clip, own = _clip(leaves, norm, threshold, own, formula, nonfinite)
@@ -170,23 +174,12 @@ def clip_by_global_norm(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _norm_so_far(
-    leaves: list[Leaf], use_norm: Any, order: Scalar, max_norm: MaxNorm | None
-) -> GlobalNorm | None:
-    """The norm if it is given, or if a :class:`Threshold` is to see it.
-
-    If it is None, the compiled function that uses the norm measures it, so that an
-    update outside ``jit`` is one call.
-    """
-    norm = norm_given(leaves, use_norm, order)
-    if norm is None and isinstance(max_norm, Threshold):
-        return measure(leaves, formula_of(order))
-    return norm
-
-
 @functools.partial(jax.jit, static_argnames="nonfinite")
 def _clip(leaves, norm, threshold, state, formula, nonfinite):
-    """Measures, unless the norm is known, clips and counts."""
+    """Clips and counts, and measures unless a threshold needed the norm before.
+
+    Outside ``jit`` an update by a number or a schedule is this one call.
+    """
     norm = measure(leaves, formula) if norm is None else norm
     arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
     state = state._replace(
@@ -293,12 +286,8 @@ def skip_by_global_norm(
     max_norm, order = as_max_norm(max_norm), as_ord(ord)
     formula = formula_of(order)
     if max_consecutive_skips is not None:
-        check_count(
-            "max_consecutive_skips",
-            max_consecutive_skips,
-            at_least=0,
-            otherwise=", or None for no limit",
-        )
+        otherwise = ", or None for no limit"
+        check_count("max_consecutive_skips", max_consecutive_skips, 0, otherwise)
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
         # The norm and the threshold.
@@ -316,24 +305,17 @@ def skip_by_global_norm(
             state = init_fn(updates if params is None else params)
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
-        norm = _norm_so_far(leaves, extra_args.get("use_norm"), order, max_norm)
+        norm = norm_given(leaves, extra_args.get("use_norm"), order)
+        if norm is None and isinstance(max_norm, Threshold):
+            norm = measure(leaves, formula)
         judged, threshold, threshold_state = next_threshold(max_norm, norm, state)
+        own = state._replace(threshold_state=None, inner_state=None)
         taken, leaves, norm, own = _judge(
-            leaves,
-            norm,
-            judged,
-            threshold,
-            state._replace(threshold_state=None, inner_state=None),
-            formula,
-            max_consecutive_skips,
+            leaves, norm, judged, threshold, own, formula, max_consecutive_skips
         )
+        kept = join([leaf.array for leaf in leaves])
         with known_norm(leaves, order, norm):
-            returned = run_inner(
-                join([leaf.array for leaf in leaves]),
-                state.inner_state,
-                params,
-                **extra_args,
-            )
+            returned = run_inner(kept, state.inner_state, params, **extra_args)
         _check_returned(returned, state.inner_state)
         new_updates, inner_state = _select(taken, *returned, state.inner_state)
         own = own._replace(threshold_state=threshold_state, inner_state=inner_state)
@@ -356,7 +338,7 @@ def _with_extra_args(inner: Any) -> Any:
 
 @jax.jit
 def _judge(leaves, norm, judged, threshold, state, formula, max_consecutive_skips):
-    """Measures, unless the norm is known, judges as a clip does, and counts.
+    """Judges as a clip does, and measures unless a threshold needed the norm before.
 
     Returns also the leaves to run the inner update on, and their norm. They are zeros
     if the step is skipped, so that no check or line search inside sees what is skipped.
@@ -387,9 +369,7 @@ def _judge(leaves, norm, judged, threshold, state, formula, max_consecutive_skip
 
 
 @jax.jit
-def _select(
-    taken: jax.Array, updates: Any, new_state: Any, state: Any
-) -> tuple[Any, Any]:
+def _select(taken, updates, new_state, state):
     """Updates and new state if taken, else zeros and the state as it was."""
 
     def update_or_zero(update: Any) -> Any:
@@ -411,6 +391,7 @@ def _check_returned(returned: Any, state: Any) -> None:
     who = "The inner update"
     check_pair(who, returned, "Pass an inner whose update returns (updates, state).")
     for name, tree in zip(("updates", "inner_state"), returned, strict=True):
+        # Only a failure needs paths, which would slow every call outside ``jit``.
         if all(map(_is_array, jax.tree.leaves(tree))):
             continue
         paths = jax.tree.leaves_with_path(tree)
@@ -434,7 +415,7 @@ def _is_array(leaf: Any) -> bool:
 def _check_scalars(state: ClipByGlobalNormState | SkipByGlobalNormState) -> None:
     """Raises if a field of the state is no scalar, as in a batch of states."""
     for name, value in state._asdict().items():
-        if name in ("threshold_state", "inner_state"):
+        if name in TREES:
             continue
         if not _is_array(value):
             raise TypeError(
