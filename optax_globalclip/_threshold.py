@@ -100,7 +100,7 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
 
 def next_threshold(
     max_norm: MaxNorm | None, norm: Any, state: Any
-) -> tuple[Any, Scalar | None, ThresholdState]:
+) -> tuple[Any, Numeric | None, ThresholdState]:
     """The norm as it is to be judged, the threshold, and the threshold's new state.
 
     A :class:`Threshold` works in float32, so its norm is judged in float32.
@@ -123,7 +123,7 @@ def next_threshold(
         return norm, _returned("Threshold.update", threshold), kept
     if callable(max_norm):
         return norm, _returned("The schedule max_norm", max_norm(count)), None
-    return norm, None if max_norm is None else as_scalar("max_norm", max_norm), None
+    return norm, max_norm, None
 
 
 def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
