@@ -1,13 +1,13 @@
 """What the states know, as scalars for a logger."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ._transform import ClipByGlobalNormState, SkipByGlobalNormState
+from ._transform import TREES, ClipByGlobalNormState, SkipByGlobalNormState
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -67,23 +67,23 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     found = list(_states(opt_state, ()))
     if len(found) == 1:
         return _metrics_of(found[0][1])
-    named = _named(found, lambda path: _name(path, simple=True))
+    paths = [path for path, _ in found]
+    prefixes = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
     # Short paths may be equal: those of the keys 1 and "1", or of "a/b" and a, then b.
-    if len(named) < len(found):
-        named = _named(found, lambda path: _name(path, simple=False))
+    if len(set(prefixes)) < len(prefixes):
+        prefixes = [jax.tree_util.keystr(path) for path in paths]
     return {
         f"{prefix}/{name}" if prefix else name: value
-        for prefix, fields in named.items()
+        for prefix, (_, fields) in zip(prefixes, found, strict=True)
         for name, value in _metrics_of(fields).items()
     }
 
 
+Path = tuple[Any, ...]
 Fields = Mapping[str, Any]
 
 
-def _states(
-    node: Any, path: tuple[Any, ...]
-) -> Iterator[tuple[tuple[Any, ...], Fields]]:
+def _states(node: Any, path: Path) -> Iterator[tuple[Path, Fields]]:
     """The fields of our states, each with its path, an outer one before those in it."""
     for inner_path, leaf in jax.tree.leaves_with_path(node, is_leaf=_is_ours):
         if not _is_ours(leaf):
@@ -96,39 +96,46 @@ def _states(
 
 
 def _is_ours(node: object) -> bool:
-    if isinstance(node, ClipByGlobalNormState | SkipByGlobalNormState):
-        return True
-    if not isinstance(node, Mapping) or not all(isinstance(key, str) for key in node):
-        return False
+    types = ClipByGlobalNormState, SkipByGlobalNormState
+    if not isinstance(node, Mapping):
+        return isinstance(node, types)
     # Converters may leave out a threshold_state that is None.
-    optional = {"threshold_state", "inner_state"}
     return any(
-        set(state._fields) - optional <= set(node) <= set(state._fields)
-        for state in (ClipByGlobalNormState, SkipByGlobalNormState)
+        set(state._fields) - TREES <= set(node) <= set(state._fields) for state in types
     )
-
-
-def _named(
-    found: list[tuple[tuple[Any, ...], Fields]], name: Callable[[tuple[Any, ...]], str]
-) -> dict[str, Fields]:
-    return {name(path): fields for path, fields in found}
-
-
-def _name(path: tuple[Any, ...], *, simple: bool) -> str:
-    return jax.tree_util.keystr(path, simple=simple, separator="/" if simple else "")
 
 
 def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
     # Arrays first: Flax NNX keeps each field in a Variable, which changes at the next
     # update.
-    scalars = {
+    state = {
         name: _as_array(name, value)
         for name, value in fields.items()
-        if name not in ("threshold_state", "inner_state")
+        if name not in TREES
     }
-    return (
-        _skip_metrics(scalars) if "num_skipped" in scalars else _clip_metrics(scalars)
-    )
+
+    def share(counter: str) -> jax.Array:
+        updates = jnp.maximum(state["num_updates"], 1).astype(jnp.float32)
+        return state[counter].astype(jnp.float32) / updates
+
+    norm, threshold = state["global_norm"], state["threshold"]
+    if "num_skipped" in state:
+        return {
+            "global_norm": norm,
+            "threshold": threshold,
+            "skip_fraction": share("num_skipped"),
+        }
+    scale = state["clip_scale"]
+    # The norm may be larger than a float can hold, and the scale is rounded.
+    clipped_norm = jnp.where(scale > 0, jnp.minimum(norm, threshold), scale)
+    return {
+        "global_norm": norm,
+        "clipped_norm": clipped_norm,
+        "clip_scale": scale,
+        "threshold": threshold,
+        "clip_fraction": share("num_clipped"),
+        "nonfinite_fraction": share("num_nonfinite"),
+    }
 
 
 def _as_array(name: str, value: Any) -> jax.Array:
@@ -138,30 +145,3 @@ def _as_array(name: str, value: Any) -> jax.Array:
             "the state that init or the last update returned."
         )
     return jnp.asarray(value)
-
-
-def _skip_metrics(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {
-        "global_norm": state["global_norm"],
-        "threshold": state["threshold"],
-        "skip_fraction": _share(state["num_skipped"], state["num_updates"]),
-    }
-
-
-def _clip_metrics(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    norm, scale = state["global_norm"], state["clip_scale"]
-    threshold = state["threshold"]
-    # The norm may be larger than a float can hold, and the scale is rounded.
-    clipped_norm = jnp.where(scale > 0, jnp.minimum(norm, threshold), scale)
-    return {
-        "global_norm": norm,
-        "clipped_norm": clipped_norm,
-        "clip_scale": scale,
-        "threshold": threshold,
-        "clip_fraction": _share(state["num_clipped"], state["num_updates"]),
-        "nonfinite_fraction": _share(state["num_nonfinite"], state["num_updates"]),
-    }
-
-
-def _share(count: jax.Array, updates: jax.Array) -> jax.Array:
-    return count.astype(jnp.float32) / jnp.maximum(updates, 1).astype(jnp.float32)

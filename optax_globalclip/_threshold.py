@@ -19,7 +19,6 @@ from ._checks import (
     check_pair,
     check_static,
 )
-from ._norm import GlobalNorm
 
 # The longest span of moving averages that a change of level is waited for.
 _LONGEST_SPAN = 2000.0
@@ -81,7 +80,8 @@ def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:
                     "Threshold(init, update), with init() and "
                     "update(norm, state, count)."
                 )
-    if max_norm is None or isinstance(max_norm, Threshold) or callable(max_norm):
+        return max_norm
+    if max_norm is None or callable(max_norm):
         return max_norm
     return as_scalar("max_norm", max_norm)
 
@@ -94,19 +94,27 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
     if not isinstance(max_norm, Threshold):
         return None
     state = max_norm.init()
-    return jax.tree.map_with_path(_copy, state) if jax.tree.leaves(state) else None
+    _check_arrays("init", state)
+    return jax.tree.map(_copy, state) if jax.tree.leaves(state) else None
 
 
 def next_threshold(
-    max_norm: MaxNorm | None, norm: GlobalNorm, state: ThresholdState, count: jax.Array
-) -> tuple[GlobalNorm, Scalar | None, ThresholdState]:
+    max_norm: MaxNorm | None, norm: Any, state: Any
+) -> tuple[Any, Numeric | None, ThresholdState]:
     """The norm as it is to be judged, the threshold, and the threshold's new state.
 
     A :class:`Threshold` works in float32, so its norm is judged in float32.
+
+    Args:
+      max_norm: as for the transformations.
+      norm: the norm; None if it is not measured yet and ``max_norm`` is no Threshold.
+      state: the state of the transformation.
     """
+    count = state.num_updates
     if isinstance(max_norm, Threshold):
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
-        own = state if jax.tree.leaves(state) else max_norm.init()
+        own = state.threshold_state
+        own = own if jax.tree.leaves(own) else max_norm.init()
         returned = max_norm.update(norm.norm, own, count)
         check_pair("Threshold.update", returned, "Return (threshold, state).")
         threshold, proposed = returned
@@ -115,43 +123,33 @@ def next_threshold(
         return norm, _returned("Threshold.update", threshold), kept
     if callable(max_norm):
         return norm, _returned("The schedule max_norm", max_norm(count)), None
-    return norm, None if max_norm is None else as_scalar("max_norm", max_norm), None
+    return norm, max_norm, None
 
 
-def admitted(
-    norm: jax.Array, proposed: ThresholdState, state: ThresholdState
-) -> ThresholdState:
+def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
     """The state proposed if the norm is finite, else the state as it was."""
     finite = jnp.isfinite(norm)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
 
 
-def _copy(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-    _check_array("init", path, leaf)
-    if _is_key(leaf):
-        return jax.device_put(leaf, may_alias=False)
-    # Not computed: ``jax_debug_infs`` objects to an inf that is.
-    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    dtype = jnp.result_type(leaf)
-    return jax.device_put(array.astype(dtype), may_alias=False)
+def _copy(leaf: Any) -> jax.Array:
+    # By NumPy if it can be: ``jax_debug_infs`` objects to an inf that JAX computes.
+    asarray = jnp.asarray if isinstance(leaf, jax.Array) else np.asarray
+    return jax.device_put(asarray(leaf, jnp.result_type(leaf)), may_alias=False)
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
-
-
-def _check_array(function: str, path: tuple[Any, ...], leaf: Any) -> None:
+def _check_arrays(function: str, state: ThresholdState) -> None:
     """Raises if a leaf of the threshold's state is no array and no number."""
-    if _is_key(leaf):
-        return
     known = jax.Array | np.ndarray | np.generic | int | float | complex
-    known = isinstance(leaf, known) or hasattr(leaf, "__jax_array__")
-    # Objects, strings (S, U) and dates (m, M), of which JAX has no arrays.
-    if not known or np.dtype(getattr(leaf, "dtype", float)).kind in "OSUmM":
-        raise TypeError(
-            f"Threshold.{function} returned state{jax.tree_util.keystr(path)} of type "
-            f"{type(leaf).__name__}. Return a tree of arrays and numbers."
-        )
+    for path, leaf in jax.tree.leaves_with_path(state):
+        is_known = isinstance(leaf, known) or hasattr(leaf, "__jax_array__")
+        # Objects, strings (S, U) and dates (m, M), of which JAX has no arrays.
+        kind = getattr(getattr(leaf, "dtype", None), "kind", "f")
+        if not is_known or kind in "OSUmM":
+            raise TypeError(
+                f"Threshold.{function} returned state{jax.tree_util.keystr(path)} of "
+                f"type {type(leaf).__name__}. Return a tree of arrays and numbers."
+            )
 
 
 def _returned(who: str, threshold: Any) -> Scalar:
@@ -170,23 +168,22 @@ def _returned(who: str, threshold: Any) -> Scalar:
 
 def _like(proposed: ThresholdState, state: ThresholdState) -> ThresholdState:
     """The state proposed, checked to be of the structure, shapes and dtypes before."""
-    for path, leaf in jax.tree.leaves_with_path(proposed):
-        _check_array("update", path, leaf)
+
+    def leaf_like(path: tuple[Any, ...], new: Any, old: Any) -> jax.Array:
+        weak = not hasattr(new, "dtype") or getattr(new, "weak_type", False)
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        if new.dtype != old.dtype and not weak:
+            raise TypeError(
+                f"Threshold.update returned state{jax.tree_util.keystr(path)} of "
+                f"{new.dtype} for one of {old.dtype}. Return it "
+                f".astype({str(old.dtype)!r}), or have init return {new.dtype}."
+            )
+        return jnp.asarray(new, old.dtype)
+
+    _check_arrays("update", proposed)
     remedy = "Return the structure and the shapes that init returns."
     check_like("Threshold.update", "state", proposed, state, remedy)
-    return jax.tree.map_with_path(_leaf_like, proposed, state)
-
-
-def _leaf_like(path: tuple[Any, ...], new: Any, old: Any) -> jax.Array:
-    weak = not hasattr(new, "dtype") or getattr(new, "weak_type", False)
-    new, old = jnp.asarray(new), jnp.asarray(old)
-    if new.dtype != old.dtype and not weak:
-        raise TypeError(
-            f"Threshold.update returned state{jax.tree_util.keystr(path)} of "
-            f"{new.dtype} for one of {old.dtype}. Return it "
-            f".astype({str(old.dtype)!r}), or have init return {new.dtype}."
-        )
-    return new if new.dtype == old.dtype else new.astype(old.dtype)
+    return jax.tree.map_with_path(leaf_like, proposed, state)
 
 
 class ZScoreState(NamedTuple):
@@ -204,11 +201,6 @@ class ZScoreState(NamedTuple):
     norm_std: jax.Array
     num_norms: jax.Array
     spike_sum: jax.Array
-
-    @classmethod
-    def initial(cls) -> "ZScoreState":
-        """The state before any norm."""
-        return cls(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
 
 
 class QuantileState(NamedTuple):
@@ -231,17 +223,6 @@ def _check_own(state: Any, own: Any) -> None:
             f"threshold_state is a {type(state).__name__}, but this threshold keeps a "
             f"{own.__name__} with the fields {', '.join(own._fields)}. Pass the state "
             "that init returns, or one with threshold_state=None, to begin anew."
-        )
-
-
-def _check_window(state: QuantileState, window: int) -> None:
-    """Raises if the state is that of another window."""
-    shape = jnp.shape(state.recent_norms)
-    if shape != (window,):
-        raise ValueError(
-            f"threshold_state.recent_norms has shape {shape}, but window={window}. "
-            f"Pass the window that the state was made with, or a state with "
-            "threshold_state=None, to begin anew."
         )
 
 
@@ -320,6 +301,9 @@ def zscore_threshold(
     # Subtracted here: in float64, if it is a Python number.
     weight = 1 - decay
 
+    def init() -> ZScoreState:
+        return ZScoreState(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
+
     def update(
         norm: jax.Array, state: ZScoreState, count: jax.Array
     ) -> tuple[jax.Array, ZScoreState]:
@@ -327,12 +311,13 @@ def zscore_threshold(
         _check_own(state, ZScoreState)
         return _zscore_step(norm, state, z, weight, max(warmup_steps, 1))
 
-    return Threshold(ZScoreState.initial, update)
+    return Threshold(init, update)
 
 
 @jax.jit
 def _zscore_step(norm, state, z, weight, warmup_steps):
     z, weight = jnp.asarray(z, jnp.float32), jnp.asarray(weight, jnp.float32)
+    span = jnp.minimum(2 / weight, _LONGEST_SPAN)
     mean, std = state.norm_mean, state.norm_std
     margin = z * std
     judged = state.num_norms >= warmup_steps
@@ -347,7 +332,6 @@ def _zscore_step(norm, state, z, weight, warmup_steps):
     warming_up = num_norms <= warmup_steps
     # In warm-up the moments of all norms so far; later the authors' moving
     # averages, in which a deviation is that from the new mean.
-    decayed = weight
     weight = jnp.where(warming_up, 1 / num_norms.astype(jnp.float32), weight)
     kept = jnp.where(warming_up, 1 - weight, (1 - weight) ** 2)
     deviation = jnp.minimum(norm, threshold) - mean
@@ -358,19 +342,12 @@ def _zscore_step(norm, state, z, weight, warmup_steps):
         num_norms,
         spike_sum=jnp.where(spike, state.spike_sum + 1, less),
     )
-    span = jnp.minimum(2 / decayed, _LONGEST_SPAN)
     restart = proposed.spike_sum >= warmup_steps + span
-    new_state = jax.tree.map(
-        lambda first, new: jnp.where(restart, first, new),
-        ZScoreState.initial(),
-        proposed,
-    )
+    new_state = jax.tree.map(lambda new: jnp.where(restart, 0, new), proposed)
     return threshold, admitted(norm, new_state, state)
 
 
-def _moved_std(
-    std: jax.Array, deviation: jax.Array, weight: jax.Array, kept: jax.Array
-) -> jax.Array:
+def _moved_std(std, deviation, weight, kept):
     """The root of ``(1 - weight) * std**2 + weight * kept * deviation**2``.
 
     As a change to ``std``: the roundings of a product or of ``jnp.hypot`` at every
@@ -429,8 +406,8 @@ def quantile_threshold(
     check_count("warmup_steps", warmup_steps, at_least=0)
     # Where the quantile of 1, 2, ... sorted norms lies. In float64, here and not in
     # the update: between 1 and a spike of 1e6 a float32 position is 4 off.
-    positions = float(q) * np.arange(window)
-    below, share = np.divmod(positions, 1)
+    below, share = np.divmod(float(q) * np.arange(window), 1)
+    below, share = below.astype(np.int32), share.astype(np.float32)
 
     def init() -> QuantileState:
         # From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
@@ -442,9 +419,14 @@ def quantile_threshold(
     ) -> tuple[jax.Array, QuantileState]:
         del count
         _check_own(state, QuantileState)
-        _check_window(state, window)
-        places = below.astype(np.int32), share.astype(np.float32)
-        return _quantile_step(norm, state, *places, warmup_steps)
+        shape = jnp.shape(state.recent_norms)
+        if shape != (window,):
+            raise ValueError(
+                f"threshold_state.recent_norms has shape {shape}, but window={window}. "
+                "Pass the window that the state was made with, or a state with "
+                "threshold_state=None, to begin anew."
+            )
+        return _quantile_step(norm, state, below, share, warmup_steps)
 
     return Threshold(init, update)
 
@@ -459,7 +441,7 @@ def _quantile_step(norm, state, below, share, warmup_steps):
     last = jnp.clip(new_state.num_norms, 1, below.size) - 1
     ascending = jnp.sort(new_state.recent_norms)
     low = below[last]
-    values = ascending[low], ascending[jnp.minimum(low + 1, last)]
-    quantile = values[0] + share[last] * (values[1] - values[0])
+    lower, upper = ascending[low], ascending[jnp.minimum(low + 1, last)]
+    quantile = lower + share[last] * (upper - lower)
     judged = (state.num_norms >= warmup_steps) & (new_state.num_norms > 0)
     return jnp.where(judged, quantile, jnp.inf), new_state

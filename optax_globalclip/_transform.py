@@ -1,8 +1,8 @@
 """The Optax gradient transformations, and their states."""
 
+import functools
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from ._checks import (
     check_nonfinite,
     check_pair,
 )
-from ._clip import Clip, check_finite, clip_leaves, kept_or_zero, norm_given
+from ._clip import check_finite, clip_leaves, kept_or_zero, norm_given
 from ._errors import explained
 from ._mesh import replicated
 from ._norm import GlobalNorm, formula_of, known_norm, measure
@@ -43,6 +43,9 @@ from ._tree import (
     values_of,
     with_values,
 )
+
+# The fields of the states that are no scalars.
+TREES = {"threshold_state", "inner_state"}
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -137,21 +140,13 @@ def clip_by_global_norm(
       <https://proceedings.mlr.press/v28/pascanu13.html>`_, 2013
     """
     max_norm, order = as_max_norm(max_norm), as_ord(ord)
+    formula = formula_of(order)
     check_nonfinite(nonfinite, max_norm)
 
     def init_fn(params: optax.Params | None) -> ClipByGlobalNormState:
-        return ClipByGlobalNormState(
-            **_scalars(
-                params,
-                global_norm=np.zeros((), np.float32),
-                clip_scale=np.ones((), np.float32),
-                threshold=np.array(np.inf, np.float32),
-                num_updates=np.zeros((), np.int32),
-                num_clipped=np.zeros((), np.int32),
-                num_nonfinite=np.zeros((), np.int32),
-                threshold_state=initial_state(max_norm),
-            )
-        )
+        # The norm, the scale and the threshold.
+        fields = _initial_fields([0, 1, math.inf], max_norm, params)
+        return ClipByGlobalNormState(*fields)
 
     @explained(max_norm=max_norm, ord=ord)
     def update_fn(
@@ -168,41 +163,26 @@ def clip_by_global_norm(
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
         norm = norm_given(leaves, use_norm, order)
-        update = _step(max_norm, _update, _compiled_update)
-        arrays, clip, state = update(
-            leaves, state, norm, max_norm, formula_of(order), nonfinite
-        )
+        if norm is None and isinstance(max_norm, Threshold):
+            norm = measure(leaves, formula)
+        norm, threshold, threshold_state = next_threshold(max_norm, norm, state)
+        state = state._replace(threshold_state=threshold_state)
+        arrays, clip, state = _clip(leaves, norm, threshold, state, formula, nonfinite)
         check_finite(clip, nonfinite)
         return join(arrays), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _update(leaves, state, norm, max_norm, formula, nonfinite):
-    """Measures, finds the threshold, and clips: all the arithmetic of an update."""
+@functools.partial(jax.jit, static_argnames="nonfinite")
+def _clip(leaves, norm, threshold, state, formula, nonfinite):
+    """Clips and counts, and measures unless a threshold needed the norm before.
+
+    Outside ``jit`` an update by a number or a schedule is this one call.
+    """
     norm = measure(leaves, formula) if norm is None else norm
-    norm, threshold, threshold_state = next_threshold(
-        max_norm, norm, state.threshold_state, state.num_updates
-    )
     arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
-    state = _clipped(state._replace(threshold_state=None), clip)
-    return arrays, clip, state._replace(threshold_state=threshold_state)
-
-
-_compiled_update = jax.jit(_update, static_argnames="nonfinite")
-
-
-def _step(
-    max_norm: MaxNorm | None, traced: Callable[..., Any], compiled: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The compiled function, unless it would call a function of the user's."""
-    return traced if callable(max_norm) or isinstance(max_norm, Threshold) else compiled
-
-
-@jax.jit
-def _clipped(state: ClipByGlobalNormState, clip: Clip) -> ClipByGlobalNormState:
-    """The state after a clip, without the threshold's."""
-    return state._replace(
+    state = state._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
         threshold=clip.threshold.astype(jnp.float32),
@@ -210,6 +190,7 @@ def _clipped(state: ClipByGlobalNormState, clip: Clip) -> ClipByGlobalNormState:
         num_clipped=_count_if(clip.clipped, state.num_clipped),
         num_nonfinite=_count_if(~clip.finite, state.num_nonfinite),
     )
+    return arrays, clip, state
 
 
 class SkipByGlobalNormState(NamedTuple):
@@ -302,27 +283,16 @@ def skip_by_global_norm(
             "skip_by_global_norm(optax.adam(1e-3), max_norm)."
         )
     run_inner = _with_extra_args(inner)
-    max_norm = as_max_norm(math.inf if max_norm is None else max_norm)
-    order = as_ord(ord)
+    max_norm, order = as_max_norm(max_norm), as_ord(ord)
+    formula = formula_of(order)
     if max_consecutive_skips is not None:
-        check_count(
-            "max_consecutive_skips",
-            max_consecutive_skips,
-            at_least=0,
-            otherwise=", or None for no limit",
-        )
+        otherwise = ", or None for no limit"
+        check_count("max_consecutive_skips", max_consecutive_skips, 0, otherwise)
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
-        scalars = _scalars(
-            params,
-            global_norm=np.zeros((), np.float32),
-            threshold=np.array(np.inf, np.float32),
-            num_updates=np.zeros((), np.int32),
-            num_skipped=np.zeros((), np.int32),
-            num_consecutive_skips=np.zeros((), np.int32),
-            threshold_state=initial_state(max_norm),
-        )
-        return SkipByGlobalNormState(**scalars, inner_state=inner.init(params))
+        # The norm and the threshold.
+        fields = _initial_fields([0, math.inf], max_norm, params)
+        return SkipByGlobalNormState(*fields, inner_state=inner.init(params))
 
     @explained(max_norm=max_norm, ord=ord)
     def update_fn(
@@ -336,22 +306,16 @@ def skip_by_global_norm(
         _check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
         norm = norm_given(leaves, extra_args.get("use_norm"), order)
-        judge = _step(max_norm, _judge, _compiled_judge)
-        taken, leaves, norm, own = judge(
-            leaves,
-            state._replace(inner_state=None),
-            norm,
-            max_norm,
-            formula_of(order),
-            max_consecutive_skips,
+        if norm is None and isinstance(max_norm, Threshold):
+            norm = measure(leaves, formula)
+        judged, threshold, threshold_state = next_threshold(max_norm, norm, state)
+        own = state._replace(threshold_state=threshold_state, inner_state=None)
+        taken, leaves, norm, own = _judge(
+            leaves, norm, judged, threshold, own, formula, max_consecutive_skips
         )
+        kept = join([leaf.array for leaf in leaves])
         with known_norm(leaves, order, norm):
-            returned = run_inner(
-                join([leaf.array for leaf in leaves]),
-                state.inner_state,
-                params,
-                **extra_args,
-            )
+            returned = run_inner(kept, state.inner_state, params, **extra_args)
         _check_returned(returned, state.inner_state)
         new_updates, inner_state = _select(taken, *returned, state.inner_state)
         return new_updates, own._replace(inner_state=inner_state)
@@ -361,94 +325,64 @@ def skip_by_global_norm(
 
 def _with_extra_args(inner: Any) -> Any:
     """The inner update, which is passed extra arguments only if it takes any."""
-    if isinstance(inner, optax.GradientTransformationExtraArgs):
-        return inner.update
+    takes_any = isinstance(inner, optax.GradientTransformationExtraArgs)
     if not isinstance(inner, optax.GradientTransformation):
         # Such as optax.MultiSteps, which is no transformation but has its methods.
-        kinds = [p.kind for p in inspect.signature(inner.update).parameters.values()]
-        if inspect.Parameter.VAR_KEYWORD in kinds:
-            return inner.update
+        parameters = inspect.signature(inner.update).parameters.values()
+        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    if takes_any:
+        return inner.update
     return lambda updates, state, params, **_: inner.update(updates, state, params)
 
 
-def _judge(leaves, state, norm, max_norm, formula, max_consecutive_skips):
-    """Measures, finds the threshold, and judges.
-
-    Returns also the leaves to run the inner update on. They are zeros if the step is
-    skipped, so that no check or line search inside sees what is skipped.
-    """
-    norm = measure(leaves, formula) if norm is None else norm
-    judged, threshold, threshold_state = next_threshold(
-        max_norm, norm, state.threshold_state, state.num_updates
-    )
-    state = state._replace(threshold_state=None)
-    taken, state = _judged(state, judged, threshold, max_consecutive_skips)
-    leaves, norm = _if_taken(taken, leaves, norm)
-    return taken, leaves, norm, state._replace(threshold_state=threshold_state)
-
-
-_compiled_judge = jax.jit(_judge)
-
-
 @jax.jit
-def _judged(
-    state: SkipByGlobalNormState,
-    norm: GlobalNorm,
-    threshold: Any,
-    max_consecutive_skips: Any,
-) -> tuple[jax.Array, SkipByGlobalNormState]:
-    """Whether to take the step, and the new state, without the inner one."""
-    threshold = jnp.maximum(jnp.asarray(threshold, norm.norm.dtype), 0)
-    # Compared this way round, a NaN threshold skips the step.
-    taken = norm.norm <= threshold
+def _judge(leaves, norm, judged, threshold, state, formula, max_consecutive_skips):
+    """Judges as a clip does, and measures unless a threshold needed the norm before.
+
+    Returns also the leaves to run the inner update on, and their norm. They are zeros
+    if the step is skipped, so that no check or line search inside sees what is skipped.
+    """
+    if norm is None:
+        norm = judged = measure(leaves, formula)
+    _, clip = clip_leaves([], judged, threshold, "nan")
+    above = clip.clipped
     if max_consecutive_skips is not None:
-        taken |= state.num_consecutive_skips >= max_consecutive_skips
-    taken &= jnp.isfinite(norm.value)
+        above &= state.num_consecutive_skips < max_consecutive_skips
+    taken = clip.finite & ~above
     consecutive = _count_if(True, state.num_consecutive_skips)
-    return taken, state._replace(
-        global_norm=norm.norm.astype(jnp.float32),
-        threshold=threshold.astype(jnp.float32),
+    state = state._replace(
+        global_norm=clip.norm.astype(jnp.float32),
+        threshold=clip.threshold.astype(jnp.float32),
         num_updates=_count_if(True, state.num_updates),
         num_skipped=_count_if(~taken, state.num_skipped),
         num_consecutive_skips=jnp.where(taken, 0, consecutive),
     )
 
+    def leaf_or_zero(leaf: Leaf) -> Leaf:
+        values = kept_or_zero(values_of(leaf.array), taken)
+        return Leaf(with_values(leaf.array, values), leaf.axes)
 
-@jax.jit
-def _if_taken(
-    taken: jax.Array, leaves: list[Leaf], norm: GlobalNorm
-) -> tuple[list[Leaf], GlobalNorm]:
-    """The leaves and their norm; zeros if the step is skipped."""
     measured, value = (jnp.where(taken, x, 0) for x in (norm.norm, norm.value))
-    values = [kept_or_zero(values_of(leaf.array), taken) for leaf in leaves]
-    return [
-        Leaf(with_values(leaf.array, value), leaf.axes)
-        for leaf, value in zip(leaves, values, strict=True)
-    ], GlobalNorm(measured, value, norm.unit)
+    norm = GlobalNorm(measured, value, norm.unit)
+    return taken, list(map(leaf_or_zero, leaves)), norm, state
 
 
 @jax.jit
-def _select(
-    taken: jax.Array, updates: Any, new_state: Any, state: Any
-) -> tuple[Any, Any]:
+def _select(taken, updates, new_state, state):
     """Updates and new state if taken, else zeros and the state as it was."""
 
-    def update_or_zero(leaf: Any) -> Any:
-        return leaf if is_float0(values_of(leaf)) else _array_if(taken, leaf)
+    def update_or_zero(update: Any) -> Any:
+        values = values_of(update)
+        if is_float0(values):
+            return update
+        return with_values(update, jnp.where(taken, values, jnp.zeros_like(values)))
 
     def new_or_old(new: Any, old: Any) -> jax.Array:
         old = jnp.asarray(old)
-        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-            return jnp.where(taken, new, old)
-        return jnp.where(taken, jnp.asarray(new).astype(old.dtype), old)
+        return jnp.where(taken, jnp.asarray(new, old.dtype), old)
 
     updates = jax.tree.map(update_or_zero, updates, is_leaf=is_sparse)
     return updates, jax.tree.map(new_or_old, new_state, state)
-
-
-def _array_if(taken: jax.Array, array: Any) -> Any:
-    values = values_of(array)
-    return with_values(array, jnp.where(taken, values, jnp.zeros_like(values)))
 
 
 def _check_returned(returned: Any, state: Any) -> None:
@@ -456,6 +390,7 @@ def _check_returned(returned: Any, state: Any) -> None:
     who = "The inner update"
     check_pair(who, returned, "Pass an inner whose update returns (updates, state).")
     for name, tree in zip(("updates", "inner_state"), returned, strict=True):
+        # Only a failure needs paths, which would slow every call outside ``jit``.
         if all(map(_is_array, jax.tree.leaves(tree))):
             continue
         paths = jax.tree.leaves_with_path(tree)
@@ -479,7 +414,7 @@ def _is_array(leaf: Any) -> bool:
 def _check_scalars(state: ClipByGlobalNormState | SkipByGlobalNormState) -> None:
     """Raises if a field of the state is no scalar, as in a batch of states."""
     for name, value in state._asdict().items():
-        if name in ("threshold_state", "inner_state"):
+        if name in TREES:
             continue
         if not _is_array(value):
             raise TypeError(
@@ -495,17 +430,21 @@ def _check_scalars(state: ClipByGlobalNormState | SkipByGlobalNormState) -> None
             )
 
 
+def _initial_fields(
+    floats: list[float], max_norm: MaxNorm | None, params: optax.Params | None
+) -> tuple[Any, ...]:
+    """The floats, three counters at 0 and the threshold's state.
+
+    All lie on every device of the mesh that the parameters are on. They come from
+    NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
+    """
+    scalars = *np.array(floats, np.float32), *np.zeros(3, np.int32)
+    return jax.device_put((*scalars, initial_state(max_norm)), replicated(params))
+
+
 def _count_if(happened: jax.Array | bool, counter: jax.Array) -> jax.Array:
     """The counter, incremented if it happened; it saturates."""
     return jnp.where(happened, optax.safe_increment(counter), counter)
-
-
-def _scalars(params: optax.Params | None, **fields: Any) -> dict[str, Any]:
-    """The fields, on every device of the mesh that the parameters are on.
-
-    From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
-    """
-    return jax.device_put(fields, replicated(params))
 
 
 for _state in (
