@@ -15,6 +15,13 @@ Scalar = float | jax.Array
 Numeric = jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | int | float
 
 
+def unwrapped(value: Any) -> Any:
+    """The array that an object converts to by ``__jax_array__``, or the object."""
+    if isinstance(value, jax.Array) or not hasattr(value, "__jax_array__"):
+        return value
+    return value.__jax_array__()
+
+
 def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
     """Converts a number to a float; returns an array on a device as it is.
 
@@ -25,8 +32,7 @@ def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
       ValueError: for an array that is not a scalar, or for a Python or NumPy number
         that is negative, NaN (unless ``nan_allowed``) or too large for a float.
     """
-    if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
-        value = value.__jax_array__()
+    value = unwrapped(value)
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
     if isinstance(value, jax.Array):

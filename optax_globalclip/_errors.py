@@ -80,7 +80,7 @@ def _leaked(arrays: list[tuple[str, Any]]) -> Exception | None:
     for name, array in arrays:
         if isinstance(array, Tracer) and not _is_valid(array):
             return TypeError(
-                f"{name} is a tracer of {_type_of(array)} that has left the function "
+                f"{name} is a tracer of {type_of(array)} that has left the function "
                 "it belongs to, such as one in jax.jit. Return it from that function, "
                 "and pass what the function returns."
             )
@@ -101,7 +101,7 @@ def _deleted(arrays: list[tuple[str, Any]]) -> Exception | None:
     for name, array in arrays:
         if not isinstance(array, Tracer) and array.is_deleted():
             return RuntimeError(
-                f"{name} is {_type_of(array)}, but it has been deleted, as donated "
+                f"{name} is {type_of(array)}, but it has been deleted, as donated "
                 "arrays are. Pass the arrays that the step returned, or call jax.jit "
                 "without donate_argnums."
             )
@@ -143,5 +143,7 @@ def _mesh(sharding: jax.sharding.Sharding) -> str:
     return f"a mesh ({named})"
 
 
-def _type_of(array: Any) -> str:
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+def type_of(array: Any) -> str:
+    """The dtype and the shape, as in ``float32[3,4]``."""
+    shape = ",".join(map(str, getattr(array, "shape", ())))
+    return f"{array.dtype}[{shape}]"
