@@ -28,9 +28,7 @@ _WHAT_TO_PASS = (
 )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass  # Not frozen: that takes four times as long to make.
 class Leaf:
     """An array of the updates.
@@ -41,7 +39,7 @@ class Leaf:
     """
 
     array: Any
-    axes: Axes = ()
+    axes: Axes = dataclasses.field(default=(), metadata={"static": True})
 
 
 def split_updates(
@@ -242,17 +240,15 @@ def _named_axes(
     ]
 
 
-def _is_names(node: object) -> TypeGuard[Axes | None]:
-    return node is None or (
-        isinstance(node, tuple) and all(isinstance(name, str) for name in node)
-    )
+def _is_names(node: object) -> TypeGuard[str | Axes | None]:
+    if isinstance(node, tuple):
+        return all(isinstance(name, str) for name in node)
+    return node is None or isinstance(node, str)
 
 
 def _as_axes(path: Path, names: object) -> Axes:
-    if isinstance(names, str):
-        return (names,)
     if not _is_names(names):
         raise ValueError(
             f"axis_name{jax.tree_util.keystr(path)} is {names!r}. {_WHAT_TO_PASS}"
         )
-    return tuple(sorted(set(names or ())))
+    return (names,) if isinstance(names, str) else tuple(sorted(set(names or ())))
