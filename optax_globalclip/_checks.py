@@ -3,6 +3,7 @@
 import decimal
 import math
 import numbers
+import sys
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,6 +14,14 @@ NonFinite = Literal["nan", "zero", "error"]
 Scalar = float | jax.Array
 # What may be passed for a scalar: all that ``chex.Numeric`` is.
 Numeric = jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | int | float
+_REAL = numbers.Real | decimal.Decimal
+
+
+def unwrapped(value: Any) -> Any:
+    """The array that an object converts to by ``__jax_array__``, or the object."""
+    if isinstance(value, jax.Array) or not hasattr(value, "__jax_array__"):
+        return value
+    return value.__jax_array__()
 
 
 def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
@@ -25,16 +34,18 @@ def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
       ValueError: for an array that is not a scalar, or for a Python or NumPy number
         that is negative, NaN (unless ``nan_allowed``) or too large for a float.
     """
-    if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
-        value = value.__jax_array__()
+    value = unwrapped(value)
+    if isinstance(value, np.timedelta64):  # An integer to NumPy.
+        raise TypeError(f"{name}={value!r} is a timedelta64. Pass a real number.")
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         _check_array(name, value)
+    elif isinstance(value, bool) or not isinstance(value, _REAL):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}. Pass a real number or a "
+            "scalar array."
+        )
     if isinstance(value, jax.Array):
         return value
-    if isinstance(value, np.datetime64 | np.timedelta64):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}. Pass a real number."
-        )
     number = _as_float(name, value)
     if number < 0 or (math.isnan(number) and not nan_allowed):
         raise ValueError(
@@ -51,18 +62,11 @@ def as_ord(ord: Any) -> Scalar:
       ValueError: for anything but a real scalar; for a Python or NumPy number less than
         1 or NaN.
     """
-    shown = "array" if isinstance(ord, jax.Array) else repr(ord)
-    wrong = (
-        f"ord={shown}: the order of a norm is a real number of at least 1, "
-        "or math.inf for the largest entry."
+    rule = (
+        "the order of a norm is a real number of at least 1, or math.inf for the "
+        "largest entry."
     )
-    try:
-        ord = as_scalar("ord", ord)
-    except (TypeError, ValueError) as error:
-        raise ValueError(wrong) from error
-    if isinstance(ord, float) and ord < 1:
-        raise ValueError(wrong)
-    return ord
+    return _within("ord", ord, 1, math.inf, rule)
 
 
 def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
@@ -79,19 +83,11 @@ def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Raises if ``value`` is no real scalar from ``least`` to ``most``, both finite."""
+    """Raises if ``value`` is no finite real scalar from ``least`` to ``most``."""
     above = math.isinf(most)
     what = f"of at least {least:g}" if above else f"from {least:g} to {most:g}"
-    shown = "array" if isinstance(value, jax.Array) else repr(value)
-    wrong = f"{name}={shown}: pass a finite number {what}."
-    try:
-        number = as_scalar(name, value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(wrong) from error
-    if isinstance(number, float) and not (
-        least <= number <= most and math.isfinite(number)
-    ):
-        raise ValueError(wrong)
+    most = min(most, sys.float_info.max)
+    _within(name, value, least, most, f"pass a finite number {what}.")
 
 
 def check_static(name: str, value: Any) -> None:
@@ -126,27 +122,36 @@ def check_pair(who: str, returned: Any, remedy: str) -> None:
 def check_like(who: str, name: str, new_state: Any, state: Any, remedy: str) -> None:
     """Raises if a new state has another structure or other shapes than before."""
     leaves, before = jax.tree.flatten(state)
-    new_leaves, after = jax.tree.flatten(new_state)
+    new_leaves, after = jax.tree.flatten_with_path(new_state)
     if before != after:
         raise ValueError(
             f"{who} returned a state of the structure {after} for one of {before}. "
             f"{remedy}"
         )
-    shapes, new_shapes = (list(map(jnp.shape, x)) for x in (leaves, new_leaves))
-    if shapes == new_shapes:
-        return
-    paths = [path for path, _ in jax.tree.leaves_with_path(new_state)]
-    for path, new, old in zip(paths, new_shapes, shapes, strict=True):
-        if new != old:
+    for (path, new), old in zip(new_leaves, leaves, strict=True):
+        if jnp.shape(new) != jnp.shape(old):
             raise ValueError(
                 f"{who} returned {name}{jax.tree_util.keystr(path)} of shape "
-                f"{new} for one of {old}. {remedy}"
+                f"{jnp.shape(new)} for one of {jnp.shape(old)}. {remedy}"
             )
 
 
+def _within(name: str, value: Any, least: float, most: float, rule: str) -> Scalar:
+    """``as_scalar`` of a number in a range, where every error says the rule."""
+    shown = "array" if isinstance(value, jax.Array) else repr(value)
+    wrong = f"{name}={shown}: {rule}"
+    try:
+        number = as_scalar(name, value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(wrong) from error
+    if isinstance(number, float) and not least <= number <= most:
+        raise ValueError(wrong)
+    return number
+
+
 def _check_array(name: str, value: jax.Array | np.ndarray | np.generic) -> None:
-    kinds = (jnp.floating, jnp.integer)
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    if not floating and not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
             f"{name}={value.dtype}{list(value.shape)}: an array, but not of floats or "
             "integers. Pass a real number or a scalar array of real numbers."
@@ -159,12 +164,6 @@ def _check_array(name: str, value: jax.Array | np.ndarray | np.generic) -> None:
 
 
 def _as_float(name: str, value: Any) -> float:
-    known = numbers.Real | decimal.Decimal | np.ndarray | np.generic
-    if not isinstance(value, known) or isinstance(value, bool):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}. Pass a real number or a "
-            "scalar array."
-        )
     try:
         number = float(value)
     except OverflowError:

@@ -24,111 +24,77 @@ def explained(**captured: Any) -> Callable[[_Function], _Function]:
     """
 
     def decorate(function: _Function) -> _Function:
-        signature = inspect.signature(function)
+        names = inspect.signature(function).parameters
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                if hasattr(error, "_explained"):
-                    raise
-                given = _arguments(signature, args, kwargs)
-                cause = _cause({**captured, **given})
-                if cause is None:
-                    raise
-                vars(cause)["_explained"] = True
-                raise cause from error
+                given = dict(zip(names, args, strict=False)) | kwargs
+                examined = {name: given[name] for name in _EXAMINED if name in given}
+                _explain(error, captured | examined)
+                raise
 
         return cast(_Function, call)
 
     return decorate
 
 
-def _arguments(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    try:
-        given = signature.bind(*args, **kwargs).arguments
-    except TypeError:  # An argument is missing, which is what the error says.
-        return {}
-    return {name: given[name] for name in _EXAMINED if name in given}
+def _explain(error: Exception, arguments: dict[str, Any]) -> None:
+    """Raises another error if an array in the arguments is the cause of this one."""
+    placed: list[tuple[str, jax.sharding.Sharding]] = []
+    for name, array in _arrays(error, arguments):
+        if isinstance(array, Tracer):
+            if _has_left(array):
+                raise TypeError(
+                    f"{name} is a tracer of {type_of(array)} that has left the "
+                    "function it belongs to, such as one in jax.jit. Return it from "
+                    "that function, and pass what the function returns."
+                ) from error
+        elif array.is_deleted():
+            raise RuntimeError(
+                f"{name} is {type_of(array)}, but it has been deleted, as donated "
+                "arrays are. Pass the arrays that the step returned, or call jax.jit "
+                "without donate_argnums."
+            ) from error
+        elif array.committed:
+            placed.append((name, array.sharding))
+    for name, sharding in placed[1:]:
+        first, other = placed[0]
+        for place in (_devices, _mesh):
+            if place(other) != place(sharding):
+                raise ValueError(
+                    f"{first} lies on {place(other)}, but {name} on {place(sharding)}. "
+                    "A global norm is one computation over all of them: bring them to "
+                    "one mesh with jax.device_put."
+                ) from error
 
 
-def _cause(arguments: dict[str, Any]) -> Exception | None:
-    for name, tree in arguments.items():
-        try:
-            jax.tree.leaves(tree)
-        except ValueError:
-            return ValueError(
-                f"{name} cannot be flattened: a dictionary in it has keys that cannot "
-                "be compared, such as 1 and 'a'. Pass keys of one type."
-            )
-    arrays = list(_arrays(arguments))
-    return _leaked(arrays) or _deleted(arrays) or _apart(arrays)
-
-
-def _arrays(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _arrays(
+    error: Exception, arguments: dict[str, Any]
+) -> Iterator[tuple[str, jax.Array]]:
     """Every array in the arguments, with its name."""
     for name, tree in arguments.items():
-        for path, leaf in jax.tree.leaves_with_path(tree):
+        try:
+            leaves = jax.tree.leaves_with_path(tree)
+        except ValueError:
+            raise ValueError(
+                f"{name} cannot be flattened: a dictionary in it has keys that cannot "
+                "be compared, such as 1 and 'a'. Pass keys of one type."
+            ) from error
+        for path, leaf in leaves:
             if isinstance(leaf, jax.Array):
                 yield name + jax.tree_util.keystr(path), leaf
 
 
-def _leaked(arrays: list[tuple[str, Any]]) -> Exception | None:
-    for name, array in arrays:
-        if isinstance(array, Tracer) and not _is_valid(array):
-            return TypeError(
-                f"{name} is a tracer of {_type_of(array)} that has left the function "
-                "it belongs to, such as one in jax.jit. Return it from that function, "
-                "and pass what the function returns."
-            )
-    return None
-
-
-def _is_valid(tracer: Any) -> bool:
+def _has_left(tracer: Any) -> bool:
+    """Whether the function that the tracer belongs to has returned."""
     try:
         _ = tracer + 0
-    except jax.errors.UnexpectedTracerError:
-        return False
-    except Exception:
-        return True
-    return True
-
-
-def _deleted(arrays: list[tuple[str, Any]]) -> Exception | None:
-    for name, array in arrays:
-        if not isinstance(array, Tracer) and array.is_deleted():
-            return RuntimeError(
-                f"{name} is {_type_of(array)}, but it has been deleted, as donated "
-                "arrays are. Pass the arrays that the step returned, or call jax.jit "
-                "without donate_argnums."
-            )
-    return None
-
-
-def _apart(arrays: list[tuple[str, Any]]) -> Exception | None:
-    """The error for arrays that no computation can take together."""
-    placed = [
-        (name, array.sharding)
-        for name, array in arrays
-        if not isinstance(array, Tracer) and array.committed
-    ]
-    for name, sharding in placed[1:]:
-        first, other = placed[0]
-        places = _devices(other), _devices(sharding)
-        if places[0] != places[1]:
-            what = f"{first} lies on {places[0]}, but {name} on {places[1]}."
-        elif (meshes := (_mesh(other), _mesh(sharding)))[0] != meshes[1]:
-            what = f"{first} lies on {meshes[0]}, but {name} on {meshes[1]}."
-        else:
-            continue
-        return ValueError(
-            f"{what} A global norm is one computation over all of them: bring them "
-            "to one mesh with jax.device_put."
-        )
-    return None
+    except Exception as error:
+        return isinstance(error, jax.errors.UnexpectedTracerError)
+    return False
 
 
 def _devices(sharding: jax.sharding.Sharding) -> str:
@@ -143,5 +109,7 @@ def _mesh(sharding: jax.sharding.Sharding) -> str:
     return f"a mesh ({named})"
 
 
-def _type_of(array: Any) -> str:
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+def type_of(array: Any) -> str:
+    """The dtype and the shape, as in ``float32[3,4]``."""
+    shape = ",".join(map(str, getattr(array, "shape", ())))
+    return f"{array.dtype}[{shape}]"

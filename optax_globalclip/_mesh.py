@@ -34,9 +34,7 @@ def is_typed(name: str) -> bool:
     try:
         return name in varying_axes(lax.axis_index(name))
     except NameError:
-        mesh = jax.sharding.get_abstract_mesh()
-        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        manual = [name for name, type_ in types if type_ == AxisType.Manual]
+        manual = list(jax.sharding.get_abstract_mesh().manual_axes)
         raise NameError(
             f"axis_name={name!r} is not bound here, where the manual mesh axes are "
             f"{manual}. Pass one of those, in pmap or in shard_map with "
@@ -66,19 +64,13 @@ def on_shards(
     if mesh is None:
         return None
 
-    specs = [sharding.spec.update(reduced=frozenset()) for sharding in shardings]
-    arrays = [
-        jax.sharding.reshard(array, NamedSharding(mesh, spec))
-        for array, spec in zip(arrays, specs, strict=True)
-    ]
-
-    def measure_shards(arrays: list[jax.Array], *args: Any) -> _Result:
-        return measure(arrays, tuple(map(varying_axes, arrays)), *args)
-
+    unmarked = [sharding.spec.update(reduced=frozenset()) for sharding in shardings]
+    arrays = jax.sharding.reshard(
+        list(arrays), [NamedSharding(mesh, spec) for spec in unmarked]
+    )
     return jax.shard_map(
-        measure_shards,
+        lambda arrays, *args: measure(arrays, list(map(varying_axes, arrays)), *args),
         mesh=mesh,
-        in_specs=(specs, *[PartitionSpec()] * len(args)),
         out_specs=PartitionSpec(),
     )(arrays, *args)
 
@@ -117,9 +109,9 @@ def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
 def replicated(params: optax.Params | None) -> NamedSharding | None:
     """Every device of the mesh that the parameters lie on; None if on none so far."""
     for leaf in jax.tree.leaves(params):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
-            if isinstance(leaf.sharding, NamedSharding):
-                return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        if placed and isinstance(leaf.sharding, NamedSharding):
+            return NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return None
 
 

@@ -8,17 +8,19 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from ._checks import unwrapped
+from ._errors import type_of
 from ._mesh import Axes, is_typed, varying_axes
 from ._range import wide
 
 AxisName = str | Axes | Iterable[Any] | None  # The third is a tree prefix.
+Path = tuple[Any, ...]
 
-_WITHOUT = (
-    "Leave such leaves out with optax.masked or optax.partition, "
-    "or put None in their place."
+_NO_NORM = (
+    "but a global norm takes float or complex arrays. Leave such leaves out with "
+    "optax.masked or optax.partition, or put None in their place."
 )
 _WHAT_TO_PASS = (
     "Pass a name, a tuple of names, or a tree prefix of the updates with one of them "
@@ -26,10 +28,8 @@ _WHAT_TO_PASS = (
 )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"]
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass  # Not frozen: that takes four times as long to make.
 class Leaf:
     """An array of the updates.
 
@@ -39,7 +39,7 @@ class Leaf:
     """
 
     array: Any
-    axes: Axes = ()
+    axes: Axes = dataclasses.field(default=(), metadata={"static": True})
 
 
 def split_updates(
@@ -65,34 +65,32 @@ def split_updates(
       NameError: for a name that no ``shard_map``, ``pmap`` or ``vmap`` binds.
       ValueError: for a leaf that a tree prefix has no names for.
     """
-    arrays, treedef = jax.tree.flatten(updates)
-    join = treedef.unflatten
-    # The usual case first: the search for others is most of a call outside ``jit``.
-    if not all(map(_is_inexact_array, arrays)):
-        arrays, join = _split_unusual(updates)
-    if axis_name is None:
-        return [Leaf(array, varying_axes(values_of(array))) for array in arrays], join
-    named = _named_axes(updates, axis_name)
-    typed = {name: is_typed(name) for own in named for name in own}
-    # A sum over an axis that a leaf does not vary over would count it repeatedly.
-    counted = [
-        tuple(n for n in own if not typed[n] or n in varying_axes(values_of(array)))
-        for array, own in zip(arrays, named, strict=True)
-    ]
-    return list(map(Leaf, arrays, counted)), join
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
+    arrays = [_as_array(updates, i, leaf) for i, leaf in enumerate(leaves)]
+    counted = [i for i, array in enumerate(arrays) if array is not None]
+    axes = [varying_axes(values_of(arrays[i])) for i in counted]
+    if axis_name is not None:
+        paths = _paths(updates)
+        axes = _named_axes(axis_name, [paths[i] for i in counted], axes)
+
+    def join(arrays: Sequence[Any]) -> optax.Updates:
+        joined = list(leaves)
+        for i, array in zip(counted, arrays, strict=True):
+            joined[i] = array
+        return treedef.unflatten(joined)
+
+    return [Leaf(arrays[i], own) for i, own in zip(counted, axes, strict=True)], join
 
 
 def accumulator_dtype(arrays: Sequence[Any]) -> jnp.dtype:
     """float64 if any array is float64 or complex128, else float32."""
-    wide = (jnp.float64, jnp.complex128)
-    return jnp.dtype(
-        jnp.float64 if any(a.dtype in wide for a in arrays) else jnp.float32
-    )
+    double = any(array.dtype in (jnp.float64, jnp.complex128) for array in arrays)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def values_of(array: Any) -> jax.Array:
     """The values that a sparse matrix stores; a dense array itself."""
-    return array.data if _is_matrix(array) else array
+    return array.data if is_sparse(array) else array
 
 
 def with_values(array: Any, values: jax.Array) -> Any:
@@ -109,29 +107,35 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     Values at one index are summed in ``dtype``, unless the indices are unique. Indices
     outside the shape (JAX's padding) do not count.
     """
-    if not _is_matrix(array) or is_float0(array.indices):
+    if not is_sparse(array) or is_float0(array.indices):
         # The cotangent of a sparse matrix has float0 in place of indices.
         return values_of(array)
-    from jax.experimental.sparse import BCOO, BCSR, bcoo_sum_duplicates
+    from jax.experimental.sparse import BCOO, BCSR
 
-    matrix = _with_full_batches(array)
-    counted = _stored(matrix)
+    batch = array.shape[: array.n_batch]
+
+    def full(part: jax.Array) -> jax.Array:
+        """The part with batch dimensions of size 1 broadcast, as JAX reads them."""
+        return jnp.broadcast_to(part, batch + part.shape[len(batch) :])
+
+    (data, *indices), treedef = jax.tree.flatten(array)
+    index_dtype = jnp.promote_types(array.indices.dtype, "int32")
+    indices = [full(part).astype(index_dtype) for part in indices]
+    matrix = treedef.unflatten([full(data).astype(wide(data, dtype)), *indices])
     if isinstance(matrix, BCSR):
+        # Values after ``indptr[-1]`` get a row outside the shape.
         matrix = matrix.to_bcoo()
-    indices = matrix.indices.astype(jnp.promote_types(matrix.indices.dtype, "int32"))
     sizes = matrix.shape[matrix.n_batch :][: matrix.n_sparse]
-    sizes = jnp.broadcast_to(jnp.asarray(sizes, indices.dtype), indices.shape)
+    sizes = jnp.broadcast_to(jnp.asarray(sizes, index_dtype), matrix.indices.shape)
     # As in NumPy, negative indices count from the end.
-    indices = jnp.where(indices < 0, indices + sizes, indices)
-    counted &= jnp.all((indices >= 0) & (indices < sizes), -1)
+    indices = jnp.where(matrix.indices < 0, matrix.indices + sizes, matrix.indices)
+    counted = jnp.all((indices >= 0) & (indices < sizes), -1)
     counted = jnp.expand_dims(counted, tuple(range(-matrix.n_dense, 0)))
-    data = matrix.data.astype(wide(matrix.data, dtype))
-    data = jnp.where(counted, data, jnp.zeros_like(data))
+    data = jnp.where(counted, matrix.data, jnp.zeros_like(matrix.data))
     if array.unique_indices:
         return data
-    return bcoo_sum_duplicates(
-        BCOO((data, indices), shape=matrix.shape), nse=matrix.nse
-    ).data
+    matrix = BCOO((data, indices), shape=matrix.shape)
+    return matrix.sum_duplicates(nse=matrix.nse).data
 
 
 def is_float0(leaf: object) -> bool:
@@ -146,59 +150,81 @@ def is_sparse(leaf: object) -> bool:
     return sparse is not None and isinstance(leaf, sparse.JAXSparse)
 
 
-def _is_matrix(leaf: object) -> bool:
-    """Whether the leaf is a sparse matrix of a format that has a norm here."""
-    sparse = sys.modules.get("jax.experimental.sparse")
-    return sparse is not None and isinstance(leaf, sparse.BCOO | sparse.BCSR)
+def _as_array(updates: optax.Updates, place: int, leaf: Any) -> Any:
+    """The leaf as an array, strongly typed if it was a scalar; None if it is float0.
+
+    Raises:
+      TypeError: if it has no norm, naming its path: ``place`` is its number.
+    """
+    # The usual case first: this is much of a call outside ``jit``.
+    if isinstance(leaf, jax.Array) and _is_inexact(leaf.dtype):
+        return leaf
+    leaf = unwrapped(leaf)
+    if is_float0(leaf):
+        return None
+    if fault := _fault(leaf):
+        where = jax.tree_util.keystr(_paths(updates)[place])
+        raise TypeError(f"updates{where} is {fault}")
+    if is_sparse(leaf):
+        return leaf
+    return jnp.asarray(leaf, dtype=jnp.result_type(leaf))
 
 
-def _split_unusual(updates: optax.Updates) -> tuple[list[Any], Callable[..., Any]]:
-    """The same for a tree with sparse or float0 leaves, NumPy arrays or numbers."""
-    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
-    leaves = [_unwrapped(leaf) for leaf in leaves]
-    counted = [i for i, leaf in enumerate(leaves) if not is_float0(leaf)]
-    if not all(_has_norm(leaves[i]) for i in counted):
-        raise _no_norm(updates)
-
-    def join(arrays: Sequence[Any]) -> optax.Updates:
-        joined = list(leaves)
-        for i, array in zip(counted, arrays, strict=True):
-            joined[i] = array
-        return treedef.unflatten(joined)
-
-    return [_as_array(leaves[i]) for i in counted], join
-
-
-def _with_full_batches(matrix: Any) -> Any:
-    """The matrix with batch dimensions of size 1 broadcast, as JAX reads them."""
-    batch = matrix.shape[: matrix.n_batch]
-
-    def full(array: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(array, batch + array.shape[len(batch) :])
-
-    parts, treedef = jax.tree.flatten(matrix)
-    return treedef.unflatten(map(full, parts)) if batch else matrix
-
-
-def _stored(matrix: Any) -> jax.Array:
-    """Which of the places for values hold one; BCSR's after ``indptr[-1]`` do not."""
-    batch = matrix.shape[: matrix.n_batch]
-    places = jnp.broadcast_to(jnp.arange(matrix.nse), (*batch, matrix.nse))
-    if not hasattr(matrix, "indptr"):
-        return places >= 0
-    return places < matrix.indptr[..., -1:].astype(places.dtype)
+def _fault(leaf: Any) -> str | None:
+    """What the leaf is if it has no norm, and what to pass instead; else None."""
+    name = type(leaf).__name__
+    if isinstance(leaf, float | complex):
+        return None
+    if isinstance(leaf, type) or not hasattr(leaf, "dtype"):
+        return f"{leaf!r}, of type {name}, {_NO_NORM}"
+    # The other formats of sparse matrices have no batch dimensions.
+    if is_sparse(leaf) and not hasattr(leaf, "n_batch"):
+        return (
+            f"a {name}, but sparse leaves are BCOO or BCSR. "
+            "Pass jax.experimental.sparse.BCOO.fromdense of its todense()."
+        )
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return (
+            f"{type_of(leaf)}, but abstract: it has no entries. Pass it through "
+            "jax.eval_shape of this function."
+        )
+    try:
+        inexact = _is_inexact(leaf.dtype)
+    except TypeError:  # The dtype of another framework.
+        return (
+            f"{type_of(leaf)}, a {type(leaf).__module__}.{name}, but a global norm "
+            "takes arrays of JAX or NumPy. Pass jax.dlpack.from_dlpack of it."
+        )
+    if not inexact:
+        return f"{type_of(leaf)}, {_NO_NORM}"
+    if jnp.finfo(leaf.dtype).bits > 64:  # A long double.
+        return (
+            f"{type_of(leaf)}, which JAX has no arrays of. Pass it .astype of "
+            "numpy.float64 or numpy.complex128."
+        )
+    return None
 
 
-def _named_axes(updates: optax.Updates, axis_name: AxisName) -> list[Axes]:
-    """The names given for each leaf that counts."""
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _paths(updates: optax.Updates) -> list[Path]:
+    leaves = jax.tree.leaves_with_path(updates, is_leaf=is_sparse)
+    return [path for path, _ in leaves]
+
+
+def _named_axes(
+    axis_name: AxisName, paths: list[Path], varying: list[Axes]
+) -> list[Axes]:
+    """The names given for each path, less typed axes that its leaf does not vary on."""
     given = {
         path: _as_axes(path, names)
         for path, names in jax.tree.leaves_with_path(axis_name, is_leaf=_is_names)
     }
-    named = []
-    for path, leaf in jax.tree.leaves_with_path(updates, is_leaf=is_sparse):
-        if is_float0(leaf):
-            continue
+    named: list[Axes] = []
+    for path in paths:
         prefixes = [path[:i] for i in range(len(path) + 1) if path[:i] in given]
         if not prefixes:
             raise ValueError(
@@ -206,113 +232,23 @@ def _named_axes(updates: optax.Updates, axis_name: AxisName) -> list[Axes]:
                 f"updates{jax.tree_util.keystr(path)}. {_WHAT_TO_PASS}"
             )
         named.append(given[prefixes[0]])
-    return named
+    typed = {name: is_typed(name) for names in named for name in names}
+    # A sum over an axis that a leaf does not vary over would count it repeatedly.
+    return [
+        tuple(name for name in names if not typed[name] or name in own)
+        for names, own in zip(named, varying, strict=True)
+    ]
 
 
-def _is_names(node: object) -> TypeGuard[Axes | None]:
-    return node is None or (
-        isinstance(node, tuple) and all(isinstance(name, str) for name in node)
-    )
+def _is_names(node: object) -> TypeGuard[str | Axes | None]:
+    if isinstance(node, tuple):
+        return all(isinstance(name, str) for name in node)
+    return node is None or isinstance(node, str)
 
 
-def _as_axes(path: tuple[Any, ...], names: object) -> Axes:
-    if isinstance(names, str):
-        return (names,)
+def _as_axes(path: Path, names: object) -> Axes:
     if not _is_names(names):
         raise ValueError(
             f"axis_name{jax.tree_util.keystr(path)} is {names!r}. {_WHAT_TO_PASS}"
         )
-    return tuple(sorted(set(names or ())))
-
-
-def _is_inexact_array(leaf: object) -> bool:
-    return isinstance(leaf, jax.Array) and _is_inexact(leaf.dtype)
-
-
-def _unwrapped(leaf: Any) -> Any:
-    """The array that an object converts to by ``__jax_array__``; others as they are."""
-    if isinstance(leaf, jax.Array) or not hasattr(leaf, "__jax_array__"):
-        return leaf
-    return leaf.__jax_array__()
-
-
-def _has_norm(leaf: object) -> bool:
-    if is_sparse(leaf) and not _is_matrix(leaf):
-        return False
-    if isinstance(leaf, type | jax.ShapeDtypeStruct):
-        return False
-    try:
-        return _is_inexact(getattr(leaf, "dtype", type(leaf)))
-    except TypeError:  # The dtype of another framework.
-        return False
-
-
-@functools.cache
-def _is_inexact(dtype: Any) -> bool:
-    if dtype in (float, complex):
-        return True
-    return jnp.issubdtype(dtype, jnp.inexact) and not _is_extended(dtype)
-
-
-def _is_extended(dtype: Any) -> bool:
-    """Whether the dtype is a long double, which JAX has no arrays of."""
-    extended = np.dtype(np.longdouble), np.dtype(np.clongdouble)
-    return dtype in extended and dtype not in (np.float64, np.complex128)
-
-
-def _as_array(leaf: Any) -> jax.Array:
-    """The leaf as an array, strongly typed if it was a Python scalar."""
-    if isinstance(leaf, jax.Array) or is_sparse(leaf):
-        return leaf
-    return jnp.asarray(leaf, dtype=jnp.result_type(leaf))
-
-
-def _no_norm(updates: optax.Updates) -> TypeError:
-    """The error for the first leaf that has no norm."""
-    paths = jax.tree.leaves_with_path(updates, is_leaf=is_sparse)
-    path, leaf = next(
-        (path, leaf)
-        for path, leaf in paths
-        if not is_float0(leaf) and not _has_norm(_unwrapped(leaf))
-    )
-    where = f"updates{jax.tree_util.keystr(path)}"
-    if is_sparse(leaf) and not _is_matrix(leaf):
-        return TypeError(
-            f"{where} is a {type(leaf).__name__}, but sparse leaves are BCOO or BCSR. "
-            "Pass jax.experimental.sparse.BCOO.fromdense of its todense()."
-        )
-    if hasattr(leaf, "dtype") and not isinstance(leaf, type):
-        shape = ",".join(map(str, getattr(leaf, "shape", ())))
-        what = f"{leaf.dtype}[{shape}]"
-        if remedy := _remedy(leaf):
-            return TypeError(f"{where} is {what}, {remedy}")
-    else:
-        what = f"{leaf!r}, of type {type(leaf).__name__}"
-    return TypeError(
-        f"{where} is {what}, but a global norm takes float or complex arrays. "
-        f"{_WITHOUT}"
-    )
-
-
-def _remedy(leaf: Any) -> str | None:
-    """What to do about a leaf that is an array, but none of JAX or NumPy."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return (
-            "but abstract: it has no entries. Pass it through jax.eval_shape of this "
-            "function."
-        )
-    try:
-        extended = _is_extended(np.dtype(leaf.dtype))
-    except TypeError:
-        extended = False
-        if not isinstance(leaf, jax.Array):
-            return (
-                f"a {type(leaf).__module__}.{type(leaf).__name__}, but a global norm "
-                "takes arrays of JAX or NumPy. Pass jax.dlpack.from_dlpack of it."
-            )
-    if extended:
-        return (
-            "which JAX has no arrays of. Pass it .astype of numpy.float64 or "
-            "numpy.complex128."
-        )
-    return None
+    return (names,) if isinstance(names, str) else tuple(sorted(set(names or ())))
