@@ -235,34 +235,23 @@ def measure(leaves: list[Leaf], formula: Formula) -> GlobalNorm:
 def found(leaves: Sequence[Leaf], ord: Scalar) -> GlobalNorm | None:
     """The norm of these very arrays, if an enclosing transformation measured it."""
     known = _KNOWN.get()
-    return known.norm if known and known.is_that_of(leaves, ord) else None
-
-
-class _Known(NamedTuple):
-    leaves: Sequence[Leaf]
-    ord: Scalar
-    norm: GlobalNorm
-
-    def is_that_of(self, leaves: Sequence[Leaf], ord: Scalar) -> bool:
-        """Whether these are the very same arrays, and the orders known to be equal."""
-        if isinstance(ord, float) and isinstance(self.ord, float):
-            same_order = ord == self.ord
-        else:
-            same_order = ord is self.ord
-        return (
-            same_order
-            and len(leaves) == len(self.leaves)
-            and all(
-                a.array is b.array and a.axes == b.axes
-                for a, b in zip(leaves, self.leaves, strict=True)
-            )
-        )
+    if known is None:
+        return None
+    known_leaves, known_ord, norm = known
+    # The value of an array is never read: such an order has to be the same object.
+    both_numbers = isinstance(ord, float) and isinstance(known_ord, float)
+    same_order = ord == known_ord if both_numbers else ord is known_ord
+    same_leaves = len(leaves) == len(known_leaves) and all(
+        a.array is b.array and a.axes == b.axes
+        for a, b in zip(leaves, known_leaves, strict=True)
+    )
+    return norm if same_order and same_leaves else None
 
 
 # Set while a skip runs its inner transformation. An extra argument cannot carry the
 # norm there: transformations in between would receive it too, and some reject it.
-_KNOWN: contextvars.ContextVar[_Known | None] = contextvars.ContextVar(
-    "known", default=None
+_KNOWN: contextvars.ContextVar[tuple[Sequence[Leaf], Scalar, GlobalNorm] | None] = (
+    contextvars.ContextVar("known", default=None)
 )
 
 
@@ -271,7 +260,7 @@ def known_norm(
     leaves: Sequence[Leaf], ord: Scalar, norm: GlobalNorm
 ) -> Generator[None, None, None]:
     """Lets ``found`` return this norm when it is asked for that of these arrays."""
-    token = _KNOWN.set(_Known(leaves, ord, norm))
+    token = _KNOWN.set((leaves, ord, norm))
     try:
         yield
     finally:
