@@ -330,8 +330,8 @@ def _product(value, shift, scale, zero):
     if is_marked(value):
         kept = scale == 1
     else:
-        # Entry by entry: a scalar would be one more operand of each kernel, which takes
-        # a TPU longer (docs/cost.md).
+        # Found for each entry. A scalar would be one more operand of each kernel, which
+        # costs cycles on a TPU (benchmarks/README.md). The clamp yields ``scale``.
         kept = jax.lax.clamp(scale, entries.real, scale) == 1
     product = jax.lax.select(kept, value, product)
     return product if zero is None else jnp.where(zero, 0, product)
