@@ -166,10 +166,11 @@ def clip_by_global_norm(
         if norm is None and isinstance(max_norm, Threshold):
             norm = measure(leaves, formula)
         norm, threshold, threshold_state = next_threshold(max_norm, norm, state)
-        state = state._replace(threshold_state=threshold_state)
-        arrays, clip, state = _clip(leaves, norm, threshold, state, formula, nonfinite)
+        # Without the threshold's state: what is the user's is handed to no jit of ours.
+        own = state._replace(threshold_state=None)
+        arrays, clip, own = _clip(leaves, norm, threshold, own, formula, nonfinite)
         check_finite(clip, nonfinite)
-        return join(arrays), state
+        return join(arrays), own._replace(threshold_state=threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -309,7 +310,7 @@ def skip_by_global_norm(
         if norm is None and isinstance(max_norm, Threshold):
             norm = measure(leaves, formula)
         judged, threshold, threshold_state = next_threshold(max_norm, norm, state)
-        own = state._replace(threshold_state=threshold_state, inner_state=None)
+        own = state._replace(threshold_state=None, inner_state=None)
         taken, leaves, norm, own = _judge(
             leaves, norm, judged, threshold, own, formula, max_consecutive_skips
         )
@@ -318,7 +319,8 @@ def skip_by_global_norm(
             returned = run_inner(kept, state.inner_state, params, **extra_args)
         _check_returned(returned, state.inner_state)
         new_updates, inner_state = _select(taken, *returned, state.inner_state)
-        return new_updates, own._replace(inner_state=inner_state)
+        own = own._replace(threshold_state=threshold_state, inner_state=inner_state)
+        return new_updates, own
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
