@@ -47,8 +47,7 @@ def compiled_long_lines(results: dict[str, Any]) -> dict[str, list[str]]:
     """Of each program one line for each contender: as on the page about cost."""
     programs: dict[str, list[str]] = {}
     for row in results["rows"]:
-        build = f"{float(format(row['build_seconds'], '.2g')):g} s"
-        cells = (CONTENDERS[row["contender"]], _traffic(row), _work(row), build)
+        cells = (CONTENDERS[row["contender"]], _traffic(row), _work(row))
         lines = programs.setdefault(_program(row), [])
         lines.append(_line([f"{results['target']}: {_program(row)}", *cells]))
     return programs
