@@ -31,6 +31,9 @@ def explained(**captured: Any) -> Callable[[_Function], _Function]:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
+                entered = error.__traceback__ and error.__traceback__.tb_next
+                if not entered:  # The call does not fit the signature.
+                    raise
                 given = dict(zip(names, args, strict=False)) | kwargs
                 examined = {name: given[name] for name in _EXAMINED if name in given}
                 _explain(error, captured | examined)

@@ -746,3 +746,20 @@ def test_threshold_may_keep_a_random_key():
     first, second = jax.random.key(0), jax.random.split(jax.random.key(0))[0]
     expected = [1 + jax.random.uniform(first), 1 + jax.random.uniform(second)]
     np.testing.assert_array_equal(thresholds, np.float64(expected))
+
+
+@pytest.mark.parametrize("array", [leaked, deleted])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda array: clip_updates(array), "missing 1 required positional argument"),
+        (lambda array: global_norm(array, 2), "takes 1 positional argument but 2"),
+        (lambda array: clip(1.0).update(array), "missing 1 required positional"),
+        (lambda array: leaf_norms(array, order=2), "unexpected keyword argument"),
+    ],
+)
+def test_call_that_fits_no_signature_is_told_so_whatever_it_is_given(
+    call, message, array
+):
+    with pytest.raises(TypeError, match=message):
+        call(array())
