@@ -110,7 +110,7 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     if not is_sparse(array) or is_float0(array.indices):
         # The cotangent of a sparse matrix has float0 in place of indices.
         return values_of(array)
-    from jax.experimental.sparse import BCOO, BCSR
+    from jax.experimental.sparse import BCOO, BCSR, bcoo_sum_duplicates
 
     batch = array.shape[: array.n_batch]
 
@@ -135,7 +135,8 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     if array.unique_indices:
         return data
     matrix = BCOO((data, indices), shape=matrix.shape)
-    return matrix.sum_duplicates(nse=matrix.nse).data
+    # Not the method ``sum_duplicates``: it drops zeros, and with them their derivative.
+    return bcoo_sum_duplicates(matrix, nse=matrix.nse).data
 
 
 def is_float0(leaf: object) -> bool:

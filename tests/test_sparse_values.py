@@ -426,6 +426,26 @@ def test_gradient_leaves_out_values_outside_the_matrix():
     assert jnp.isfinite(jax.grad(norm)(jnp.array([3.0, 1.0, 3.0, math.nan]))[:3]).all()
 
 
+@pytest.mark.parametrize("ord", [2, 3, math.inf])
+@pytest.mark.parametrize("rows", [False, True])
+def test_stored_zero_has_the_derivative_of_the_entry_it_adds_to(rows, ord):
+    def norm(data):
+        if rows:
+            columns, ends = jnp.array([1, 1, 2]), jnp.array([0, 2, 3])
+            matrix = sparse.BCSR((data, columns, ends), shape=(2, 3))
+        else:
+            indices = jnp.array([[0, 1], [0, 1], [1, 2]])
+            matrix = sparse.BCOO((data, indices), shape=(2, 3))
+        return global_norm([matrix], ord=ord)
+
+    # The entries are 7 and 2.
+    total = 53**0.5 if ord == 2 else 351 ** (1 / 3) if ord == 3 else 7
+    share = 1 if ord == math.inf else (7 / total) ** (ord - 1)
+    for data in ([7.0, 0.0, 2.0], [0.0, 7.0, 2.0], [3.0, 4.0, 2.0]):
+        found = jax.grad(norm)(jnp.array(data))
+        np.testing.assert_allclose(found[:2], [share, share], 1e-6)
+
+
 def test_numpy_arrays_may_hold_the_values():
     data = np.ones(512, ml_dtypes.bfloat16)
     matrix = sparse.BCOO((data, np.zeros((512, 1), np.int32)), shape=(2,))
