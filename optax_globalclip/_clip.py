@@ -331,7 +331,7 @@ def _product(value, shift, scale, zero):
         kept = scale == 1
     else:
         # Found for each entry. A scalar would be one more operand of each kernel, which
-        # costs cycles on a TPU (benchmarks/README.md). The clamp yields ``scale``.
-        kept = jax.lax.clamp(scale, entries.real, scale) == 1
+        # costs cycles on a TPU (benchmarks/README.md).
+        kept = jnp.where(jnp.isnan(entries), 0, scale) == 1
     product = jax.lax.select(kept, value, product)
     return product if zero is None else jnp.where(zero, 0, product)
