@@ -327,11 +327,11 @@ def _product(value, shift, scale, zero):
     product = (entries * shift_ * scale_).astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
-    if is_marked(value):
+    if is_marked(value) or jnp.iscomplexobj(value):
         kept = scale == 1
     else:
         # Found for each entry. A scalar would be one more operand of each kernel, which
-        # costs cycles on a TPU (benchmarks/README.md).
-        kept = jnp.where(jnp.isnan(entries), 0, scale) == 1
+        # costs cycles on a TPU (benchmarks/README.md). NaN stays NaN in any case.
+        kept = jnp.where(jnp.isnan(entries), 1, scale) == 1
     product = jax.lax.select(kept, value, product)
     return product if zero is None else jnp.where(zero, 0, product)

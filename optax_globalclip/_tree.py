@@ -68,6 +68,8 @@ def split_updates(
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
     arrays = [_as_array(updates, i, leaf) for i, leaf in enumerate(leaves)]
     counted = [i for i, array in enumerate(arrays) if array is not None]
+    if len(counted) < len(leaves):
+        leaves = list(map(unwrapped, leaves))  # Float0 leaves stay, but as arrays.
     axes = [varying_axes(values_of(arrays[i])) for i in counted]
     if axis_name is not None:
         paths = _paths(updates)
@@ -166,7 +168,7 @@ def _as_array(updates: optax.Updates, place: int, leaf: Any) -> Any:
     if fault := _fault(leaf):
         where = jax.tree_util.keystr(_paths(updates)[place])
         raise TypeError(f"updates{where} is {fault}")
-    if is_sparse(leaf):
+    if isinstance(leaf, jax.Array) or is_sparse(leaf):
         return leaf
     return jnp.asarray(leaf, dtype=jnp.result_type(leaf))
 

@@ -6,7 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from optax_globalclip import clip_by_global_norm, clip_updates, global_norm, leaf_norms
+from optax_globalclip import (
+    clip_by_global_norm,
+    clip_updates,
+    global_norm,
+    leaf_norms,
+    skip_by_global_norm,
+)
 
 FUNCTIONS = {
     "global_norm": global_norm,
@@ -47,14 +53,36 @@ def test_a_bad_leaf_may_be_the_whole_tree():
         global_norm(jnp.arange(3))
 
 
-def test_leaves_that_wrap_an_array():
-    class Wrapped:
-        def __jax_array__(self):
-            return jnp.array([3.0, 4.0])
+class Wrapped:
+    """An object that JAX takes for an array, as Flax NNX has them."""
 
-    clipped, norm = clip_updates([Wrapped()], 1.0)
+    def __init__(self, array):
+        self.array = array
+
+    def __jax_array__(self):
+        return self.array
+
+
+def test_leaves_that_wrap_an_array():
+    clipped, norm = clip_updates([Wrapped(jnp.array([3.0, 4.0]))], 1.0)
     assert norm == 5
     np.testing.assert_allclose(clipped[0], [0.6, 0.8], 1e-6)
+
+
+def test_wrapped_array_keeps_its_dtype():
+    weak = jnp.asarray(1.5)
+    with jax.enable_x64(True):
+        clipped, norm = clip_updates([Wrapped(weak)], 1.0)
+    assert (clipped[0].dtype, norm.dtype) == (jnp.float32, jnp.float32)
+
+
+def test_wrapped_float0_array_is_passed_through():
+    float0 = np.zeros(2, jax.dtypes.float0)
+    tree = [Wrapped(float0), jnp.array([3.0, 4.0])]
+    assert leaf_norms(tree) == [0, 5]
+    tx = skip_by_global_norm(optax.identity(), 10.0)
+    updates, _ = tx.update(tree, None)
+    assert (updates[0].dtype, updates[0].shape) == (float0.dtype, (2,))
 
 
 def test_eight_bit_floats():
