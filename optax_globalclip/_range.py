@@ -63,9 +63,8 @@ def wide(array: jax.Array, accumulator: jnp.dtype) -> jnp.dtype:
 
 
 def add(values: Sequence[jax.Array]) -> jax.Array:
-    """The sum, in pairs, so that rounding grows with the logarithm of their number."""
-    values = list(values)
-    while len(values) > 1:
-        pairs = zip(values[0::2], values[1::2], strict=False)
-        values = [a + b for a, b in pairs] + values[len(values) // 2 * 2 :]
-    return values[0]
+    """The sum, in halves, so that rounding grows with the logarithm of their number."""
+    if len(values) == 1:
+        return values[0]
+    middle = len(values) // 2
+    return add(values[:middle]) + add(values[middle:])
