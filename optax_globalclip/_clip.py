@@ -12,7 +12,7 @@ import optax
 from . import _cpu
 from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfinite
 from ._errors import explained
-from ._mesh import factor_of, is_marked
+from ._mesh import factor_of, has_mesh, is_marked
 from ._norm import GlobalNorm, divide, formula_of, found, measure
 from ._range import wide
 from ._tree import (
@@ -238,7 +238,7 @@ def _scaled(
       The results, and the two factors whose product is ``threshold / norm``.
     """
     shift, scale = _factors(threshold, norm, within)
-    return [_product_of(x, shift, scale, zero) for x in values], shift, scale
+    return _products(values, shift, scale, zero), shift, scale
 
 
 @_scaled.defjvp
@@ -303,23 +303,38 @@ def _factors(
     return shift, dividend / divisor
 
 
-def kept_or_zero(value: jax.Array, keep: jax.Array) -> jax.Array:
-    """The value if ``keep``, else zeros."""
-    one = jnp.ones((), accumulator_dtype([value]))
-    return _product_of(value, one, one, ~keep)
+def kept_or_zero(values: list[jax.Array], keep: jax.Array) -> list[jax.Array]:
+    """The values if ``keep``, else zeros."""
+    one = jnp.ones((), accumulator_dtype(values))
+    return _products(values, one, one, ~keep)
 
 
-def _product_of(value, shift, scale, zero):
-    if is_marked(value) or not _cpu.can_multiply(value, scale):
-        return _product(value, shift, scale, zero)
+def _products(
+    values: list[jax.Array],
+    shift: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+) -> list[jax.Array]:
+    """The product of each value, as suits the platform."""
+
+    def product_on_cpu(value, *factors):
+        if _cpu.can_multiply(value, scale):
+            return _cpu.product(value, *factors)
+        return _product(value, *factors, by_entry=False)
+
+    def each(product):
+        return lambda values, *factors: [product(x, *factors) for x in values]
+
+    if any(map(has_mesh, values)):
+        return each(_product)(values, shift, scale, zero)
     return jax.lax.platform_dependent(
-        value, shift, scale, zero, cpu=_cpu.product, default=_product
+        values, shift, scale, zero, cpu=each(product_on_cpu), default=each(_product)
     )
 
 
 # Traced once for leaves of one type.
-@functools.partial(jax.jit, inline=True)
-def _product(value, shift, scale, zero):
+@functools.partial(jax.jit, static_argnames="by_entry")
+def _product(value, shift, scale, zero, by_entry=True):
     """The value if ``scale`` is 1, zeros if ``zero``, else times both factors."""
     to = wide(value, scale.dtype)
     shift_, scale_ = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
@@ -327,9 +342,8 @@ def _product(value, shift, scale, zero):
     product = (entries * shift_ * scale_).astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
-    if is_marked(value) or jnp.iscomplexobj(value):
-        kept = scale == 1
-    else:
+    kept = scale == 1
+    if by_entry and not is_marked(value) and not jnp.iscomplexobj(value):
         # Found for each entry. A scalar would be one more operand of each kernel, which
         # costs cycles on a TPU (benchmarks/README.md). NaN stays NaN in any case.
         kept = jnp.where(jnp.isnan(entries), 1, scale) == 1

@@ -64,8 +64,7 @@ def three_sums(arrays: list[jax.Array], *, dtype: jnp.dtype) -> jax.Array:
     scale = jnp.where(small, limits.grow, limits.shrink).astype(dtype)
 
     def rescue() -> jax.Array:
-        scaled = functools.partial(_scaled_modulus, scale=scale)
-        return _sum_of_squares(packed, dtype, scaled)
+        return _sum_of_squares(packed, dtype, scale)
 
     if all(fits(array.dtype, dtype) for array in arrays):
         rescued = jnp.where(jnp.isfinite(plain), 0, plain)
@@ -77,11 +76,12 @@ def three_sums(arrays: list[jax.Array], *, dtype: jnp.dtype) -> jax.Array:
 
 
 def can_multiply(array: jax.Array, factor: jax.Array) -> bool:
-    """Whether ``product`` takes the array: of bfloat16, not on a mesh."""
-    halves = array.dtype == jnp.bfloat16 and factor.dtype == jnp.float32
-    return halves and not has_mesh(array)
+    """Whether ``product`` takes the array: of bfloat16."""
+    return array.dtype == jnp.bfloat16 and factor.dtype == jnp.float32
 
 
+# Traced once for leaves of one type.
+@jax.jit
 def product(
     array: jax.Array, shift: jax.Array, scale: jax.Array, zero: jax.Array | None
 ) -> jax.Array:
@@ -139,20 +139,14 @@ def _by_type(leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
 
 
 def _sum_of_squares(
-    leaves: _Packed, dtype: jnp.dtype, scaled: Values | None = None
+    leaves: _Packed, dtype: jnp.dtype, scale: jax.Array | None = None
 ) -> jax.Array:
-    """The sum of squares of all entries, each first made ``scaled`` of it."""
-
-    def squares(leaf: jax.Array) -> jax.Array:
-        parts = real_parts(leaf, dtype)
-        if scaled is not None:
-            parts = list(map(scaled, parts))
-        return add(list(map(jnp.square, parts)))
-
+    """The sum of squares of all entries, each times the scale."""
+    squares = functools.partial(_squares, scale=scale, dtype=dtype)
     sums = [_sum_entries(squares(pack)) for pack in leaves.packs]
     for alike in _by_type(leaves.large):
         first = alike[0]
-        if (scaled is None and first.dtype in _FUSED) or first.size > _INDEXED:
+        if (scale is None and first.dtype in _FUSED) or first.size > _INDEXED:
             sums += [_sum_entries(squares(leaf)) for leaf in alike]
         else:
             for i in range(0, len(alike), _ADDENDS):
@@ -160,8 +154,15 @@ def _sum_of_squares(
     return add(sums)
 
 
-# Traced once for leaves of one type.
-@functools.partial(jax.jit, inline=True)
+@functools.partial(jax.jit, static_argnames="dtype")
+def _squares(array: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """The squares of the moduli, each times the scale."""
+    parts = real_parts(array, dtype)
+    if scale is not None:
+        parts = tuple(_scaled_modulus(part, scale) for part in parts)
+    return add([part * part for part in parts])
+
+
 def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:
     """``abs(x) * scale``, and right for subnormal entries, which the CPU takes as 0.
 
@@ -224,6 +225,7 @@ def _sum_in_chunks(leaves: list[jax.Array], values: Values) -> jax.Array:
     return _sum_entries(lax.map(block, jnp.arange(blocks)))
 
 
+@functools.partial(jax.jit, static_argnames="length")
 def _slice(leaf: jax.Array, start: jax.Array, length: int, i: jax.Array) -> jax.Array:
     """Entries of the leaf, by their bits: XLA on CPU slices bfloat16 as float32.
 

@@ -316,7 +316,7 @@ def _three_sums(
     for alike in _alike(arrays):
         (fitting if fits(alike[0].dtype, dtype) else others).append(alike)
     if fitting:
-        (plain,) = _sums_of_squares(fitting, [None], dtype, in_rows)
+        (plain,) = _sums_of_squares(fitting, (None,), dtype, in_rows)
         # Where another sum is to be trusted, these leaves do not change it: they are
         # negligible beside squares that overflow, and zero beside those that underflow.
         sums.append(jnp.stack([_nonfinite(plain), plain, _nonfinite(plain)]))
@@ -328,35 +328,30 @@ def _three_sums(
 
 def _sums_of_squares(
     groups: list[list[jax.Array]],
-    factors: Sequence[float | None],
+    factors: tuple[float | None, ...],
     dtype: jnp.dtype,
     in_rows: bool,
 ) -> jax.Array:
     """The sums of squares of all entries times each factor, in one read of them."""
+    zero = jax.lax.optimization_barrier(jnp.zeros((), dtype))  # XLA does not see it.
     merged, others = [], []
     for group in groups:
-        merge = is_local(group[0]) and (in_rows or _is_small(group[0]))
-        parts = [part for array in group for part in real_parts(array, dtype)]
-        (merged if merge else others).append(parts)
+        squares = _squares(group, zero, factors)
+        if is_local(group[0]) and (in_rows or _is_small(group[0])):
+            merged.append(map(_sums_of_rows, squares))
+        else:
+            others.append(map(jnp.sum, squares))
     sums = []
-    zero = jax.lax.optimization_barrier(jnp.zeros((), dtype))  # XLA does not see it.
     if merged:
-        vectors = [
-            _added([_sums_of_rows(_squares(parts, factor, zero)) for parts in merged])
-            for factor in factors
-        ]
+        vectors = list(map(_added, zip(*merged, strict=True)))
         sums.append(jnp.sum(jnp.stack(vectors), axis=1))
     if others:
-        numbers = [
-            add([jnp.sum(_squares(parts, factor, zero)) for parts in others])
-            for factor in factors
-        ]
         # Stacked last: XLA adds scalars before it reduces them over devices.
-        sums.append(jnp.stack(numbers))
+        sums.append(jnp.stack(list(map(add, zip(*others, strict=True)))))
     return add(sums)
 
 
-def _added(vectors: list[jax.Array]) -> jax.Array:
+def _added(vectors: Sequence[jax.Array]) -> jax.Array:
     """Vectors added entry by entry; shorter ones count as if zeros followed."""
     length = max(vector.size for vector in vectors)
     return add([jnp.pad(vector, (0, length - vector.size)) for vector in vectors])
@@ -370,20 +365,29 @@ def _sums_of_rows(squares: jax.Array) -> jax.Array:
     return jnp.ravel(jnp.sum(squares, -1 if few else None))
 
 
+# Traced once for groups of one type.
+@functools.partial(jax.jit, static_argnums=2)
 def _squares(
-    parts: list[jax.Array], factor: float | None, zero: jax.Array
-) -> jax.Array:
-    """The squares of arrays of one shape, each times the factor, added up."""
-    if factor is not None:
+    group: list[jax.Array], zero: jax.Array, factors: tuple[float | None, ...]
+) -> list[jax.Array]:
+    """For each factor, the squares of all arrays times it, added entry by entry."""
+    parts = [part for array in group for part in real_parts(array, zero.dtype)]
+    # Of small arrays added in halves, XLA on GPU makes a kernel for each pair. Of large
+    # ones added one after the other, it materializes some.
+    in_turn = functools.partial(functools.reduce, jnp.add)
+    added = in_turn if _is_small(parts[0]) else add
+
+    def squares(factor: float | None) -> jax.Array:
+        if factor is None:
+            return added([part * part for part in parts])
         # If x is a scalar, also one that is broadcast, XLA makes ``(x * x) * (c * c)``
         # of ``(x * c) * (x * c)``, even if a factor of that overflows. It has no such
         # rule for a sum. It rewrites other squares with overflows too:
         # https://github.com/jax-ml/jax/issues/37919
-        parts = [part * part.dtype.type(factor) + zero for part in parts]
-    squares = [part * part for part in parts]
-    # Of small arrays added in pairs, XLA on GPU makes a kernel for each pair. Of large
-    # ones added one after the other, it materializes some.
-    return functools.reduce(jnp.add, squares) if _is_small(parts[0]) else add(squares)
+        constant = zero.dtype.type(factor)
+        return added([jnp.square(part * constant + zero) for part in parts])
+
+    return list(map(squares, factors))
 
 
 def _nonfinite(x: jax.Array) -> jax.Array:

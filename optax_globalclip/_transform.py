@@ -360,13 +360,14 @@ def _judge(leaves, norm, judged, threshold, state, formula, max_consecutive_skip
         num_consecutive_skips=jnp.where(taken, 0, consecutive),
     )
 
-    def leaf_or_zero(leaf: Leaf) -> Leaf:
-        values = kept_or_zero(values_of(leaf.array), taken)
-        return Leaf(with_values(leaf.array, values), leaf.axes)
-
+    values = kept_or_zero([values_of(leaf.array) for leaf in leaves], taken)
+    leaves = [
+        Leaf(with_values(leaf.array, x), leaf.axes)
+        for leaf, x in zip(leaves, values, strict=True)
+    ]
     measured, value = (jnp.where(taken, x, 0) for x in (norm.norm, norm.value))
     norm = GlobalNorm(measured, value, norm.unit)
-    return taken, list(map(leaf_or_zero, leaves)), norm, state
+    return taken, leaves, norm, state
 
 
 @jax.jit
