@@ -309,26 +309,21 @@ def kept_or_zero(values: list[jax.Array], keep: jax.Array) -> list[jax.Array]:
     return _products(values, one, one, ~keep)
 
 
-def _products(
-    values: list[jax.Array],
-    shift: jax.Array,
-    scale: jax.Array,
-    zero: jax.Array | None,
-) -> list[jax.Array]:
+def _products(values, *factors):
     """The product of each value, as suits the platform."""
 
-    def product_on_cpu(value, *factors):
+    def product_on_cpu(value, shift, scale, zero):
         if _cpu.can_multiply(value, scale):
-            return _cpu.product(value, *factors)
-        return _product(value, *factors, by_entry=False)
+            return _cpu.product(value, shift, scale, zero)
+        return _product(value, shift, scale, zero, by_entry=False)
 
     def each(product):
         return lambda values, *factors: [product(x, *factors) for x in values]
 
     if any(map(has_mesh, values)):
-        return each(_product)(values, shift, scale, zero)
+        return each(_product)(values, *factors)
     return jax.lax.platform_dependent(
-        values, shift, scale, zero, cpu=each(product_on_cpu), default=each(_product)
+        values, *factors, cpu=each(product_on_cpu), default=each(_product)
     )
 
 
