@@ -154,6 +154,7 @@ def _sum_of_squares(
     return add(sums)
 
 
+# Traced once for leaves of one type.
 @functools.partial(jax.jit, static_argnames="dtype")
 def _squares(array: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """The squares of the moduli, each times the scale."""
@@ -225,6 +226,7 @@ def _sum_in_chunks(leaves: list[jax.Array], values: Values) -> jax.Array:
     return _sum_entries(lax.map(block, jnp.arange(blocks)))
 
 
+# Traced once for leaves of one type.
 @functools.partial(jax.jit, static_argnames="length")
 def _slice(leaf: jax.Array, start: jax.Array, length: int, i: jax.Array) -> jax.Array:
     """Entries of the leaf, by their bits: XLA on CPU slices bfloat16 as float32.

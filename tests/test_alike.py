@@ -15,7 +15,7 @@ import oracle
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from optax_globalclip import _cpu, _norm, clip_updates, global_norm
+from optax_globalclip import _clip, _cpu, _norm, clip_updates, global_norm
 
 ENTRIES = [0.0, 1e-37, 1e-30, 1e-25, 1e-19, 1.0, 1e19, 1e25, 1e30, 1e34]
 
@@ -78,6 +78,7 @@ def formula(request, monkeypatch):
         return
     on_tpu = request.param == "TPU"
     monkeypatch.setattr(_cpu, "can_sum", lambda array: False)
+    monkeypatch.setattr(_clip, "has_mesh", lambda array: True)
     monkeypatch.setattr(_norm, "on_tpu_mesh", lambda array: on_tpu)
     jax.clear_caches()
     yield

@@ -10,6 +10,7 @@ import oracle
 import pytest
 from hypothesis import given, strategies as st
 from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_globalclip import clip_updates, global_norm
 
@@ -292,21 +293,31 @@ def test_unknown_policy():
 # --- use_norm.
 
 
+def on_a_mesh(array):
+    """On a mesh, where nothing is done as suits a CPU."""
+    mesh = oracle.mesh(AxisType.Explicit)
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+
+
+@pytest.mark.parametrize("place", [jnp.asarray, on_a_mesh])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("nonfinite", ["nan", "zero"])
-def test_entries_of_any_kind_stay_bit_for_bit_within_a_given_norm(dtype, nonfinite):
+def test_entries_of_any_kind_stay_bit_for_bit_within_a_given_norm(
+    place, dtype, nonfinite
+):
     real = np.float32([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-40, 3e-5, 1.0])
     values = real.astype(jnp.dtype(dtype))
     if dtype == "complex64":
         values = np.array([complex(a, b) for a in real for b in real], np.complex64)
-    clipped, _ = clip_updates(values, 1.0, use_norm=0.5, nonfinite=nonfinite)
+    clipped, _ = clip_updates(place(values), 1.0, use_norm=0.5, nonfinite=nonfinite)
     assert np.asarray(clipped).tobytes() == values.tobytes()
 
 
-def test_signalling_nan_stays_bit_for_bit_within_a_given_norm():
+@pytest.mark.parametrize("place", [jnp.asarray, on_a_mesh])
+def test_signalling_nan_stays_bit_for_bit_within_a_given_norm(place):
     bits = np.uint32([0x7F800001, 0xFFC12345, 0x3F800000])
     values = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    clipped, _ = clip_updates(values, 1.0, use_norm=0.5)
+    clipped, _ = clip_updates(place(values), 1.0, use_norm=0.5)
     kept = jax.lax.bitcast_convert_type(clipped, jnp.uint32)
     np.testing.assert_array_equal(kept, bits)
 
