@@ -27,7 +27,7 @@ RECENT_JAX = jax.__version_info__ >= (0, 10, 2)
 SUMMED = 5e-7 if RECENT_JAX else 5e-6
 
 # Off a single CPU device, entries below may count as 0, by the accumulator's dtype.
-FLOOR = {np.dtype(np.float32): 5e-23, np.dtype(np.float64): 1e-291}
+FLOOR = {np.dtype(np.float32): 5e-23, np.dtype(np.float64): 1e-287}
 
 FLOATS = {
     "float16": np.dtype(np.float16),
