@@ -482,7 +482,7 @@ def test_numpy_arrays_may_hold_the_values():
 
 
 def test_gradient_through_the_clip_is_that_of_the_dense_matrix():
-    leaf, weights = bcoo(draw(3, 2), [[1], [2], [1]], (10, 2)), jnp.float32(draw(3, 2))
+    leaf, weights = bcoo(10 * draw(3, 2), [[1], [2], [1]], (10, 2)), jnp.float32(draw(3, 2))
 
     def weighted(data, clip):
         matrix = sparse.BCOO((data, leaf.indices), shape=leaf.shape)
