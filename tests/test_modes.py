@@ -37,18 +37,13 @@ EXTENTS = {"b, 3": (5000, 3), "b, n": (70, 80), "b": (9,), "2*b, 3": (4, 3)}
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("extents", EXTENTS)
 def test_symbolic_shapes_may_be_exported_for_every_platform(extents, name, dtype):
-    shapes = [export.symbolic_shape(extents), (4,)]
-    dtypes = [jnp.dtype(dtype), jnp.dtype("float32")]
-    abstract = [
-        jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)
-    ]
+    shape = export.symbolic_shape(extents)
+    abstract = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), jnp.zeros(4)]
     program = export.export(jax.jit(EXPORTED[name]), platforms=PLATFORMS)(abstract)
     assert program.platforms == PLATFORMS
-    rows = oracle.normals([EXTENTS[extents], (4,)])
+    first, second = oracle.normals([EXTENTS[extents], (4,)])
     for scale in (1.0,) if dtype == "float16" else (1.0, 1e-18, 1e30):
-        updates = [
-            np.asarray(x * scale).astype(d) for x, d in zip(rows, dtypes, strict=True)
-        ]
+        updates = [(first * scale).astype(dtype), second * scale]
         found, expected = program.call(updates), EXPORTED[name](updates)
         for leaf, same in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
             assert leaf.dtype == same.dtype
