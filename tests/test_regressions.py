@@ -46,6 +46,19 @@ def test_history_holds_finite_norms_from_before_the_clip():
     assert (clipped[0], state.threshold, state.threshold_state) == (1, 1, 15.5)
 
 
+def test_donated_state_shares_nothing_with_another_or_with_the_user():
+    shared = jnp.arange(3.0)
+    twice = Threshold(lambda: (shared, shared), lambda norm, state, count: (1.0, state))
+    tx = clip_by_global_norm(twice)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    other = tx.init(None)
+    for state in (tx.init(None), jax.jit(tx.init)(None)):
+        _, state = step(jnp.ones(3), state)
+        step(jnp.ones(3), state)
+    np.testing.assert_array_equal(shared, [0, 1, 2])
+    np.testing.assert_array_equal(other.threshold_state, [shared, shared])
+
+
 def test_infinite_norm_is_reported_as_such():
     # deepspeedai/DeepSpeed#8614: the norm is -1 there, and max_norm / -1 the scale.
     for clip in (clip_updates, jax.jit(clip_updates)):

@@ -30,15 +30,10 @@ FUNCTIONS = {
 }
 BAD = {
     "int array": (jnp.arange(3), r"int32\[3\]"),
-    "bool array": (jnp.ones((2, 3), bool), r"bool\[2,3\]"),
-    "NumPy int array": (np.arange(2), r"int64\[2\]"),
     "Python int": (7, "7"),
-    "Python bool": (True, "True"),
     "key": (jax.random.key(0), r"key<fry>\[\]"),
     "str": ("adam", "'adam'"),
-    "NumPy str": (np.array(["adam"]), r"<U4\[1\]"),
     "object": (object(), "object"),
-    "NumPy object": (np.array([None]), r"object\[1\]"),
     "masked array": (np.ma.masked_array([3.0, 4.0], [0, 1]), r"\.filled\(0\)"),
     "big-endian": (np.ones(2, ">f4"), r"\.astype"),
     "integer matrix": (sparse.BCOO.fromdense(jnp.eye(3, dtype=int)), r"int32\[3,3\]"),
@@ -107,24 +102,12 @@ def test_python_and_numpy_scalars():
 
 # --- Every float dtype that JAX has.
 
-DTYPES = [
-    "float4_e2m1fn",
-    "float8_e3m4",
-    "float8_e4m3",
-    "float8_e4m3b11fnuz",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-    "bfloat16",
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-    "complex128",
-]
-DTYPES = [name for name in DTYPES if hasattr(jnp, name)]
+DTYPES = """
+float4_e2m1fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz
+float8_e5m2 float8_e5m2fnuz float8_e8m0fnu bfloat16 float16 float32 float64 complex64
+complex128
+"""
+DTYPES = [name for name in DTYPES.split() if hasattr(jnp, name)]
 
 
 def test_table_of_dtypes_is_complete():
@@ -132,10 +115,8 @@ def test_table_of_dtypes_is_complete():
     known = {name for name in dir(jnp) if name.startswith(kinds)}
     known = {name for name in known if isinstance(getattr(jnp, name), type(jnp.int32))}
     # XLA on CPU has no floats of six bits.
-    assert {name for name in known if not name.startswith("float6")} <= {
-        *DTYPES,
-        *("floating", "complexfloating", "float_", "complex_"),
-    }
+    known = {name for name in known if not name.startswith("float6")}
+    assert known - {"floating", "complexfloating", "float_", "complex_"} <= {*DTYPES}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -242,32 +223,24 @@ ROWS = np.array([[0], [2], [2]])
 UNIQUE = {"unique_indices": True}
 MATRICES = {
     # Values at one index.
-    "bfloat16 rows": lambda: bcoo(
-        np.full((512, 2), math.sqrt(2)), np.zeros((512, 1)), (4, 2), "bfloat16"
-    ),
     "bfloat16": lambda: bcoo(np.ones(512), np.full((512, 1), 3), (4,), "bfloat16"),
     "float16": lambda: bcoo([6e4, 6e4, 1.0], [[1], [1], [0]], (3,), "float16"),
     "float16 that cancel": lambda: bcoo(
         [6e4, 6e4, -6e4, -6e4, 3.0], [[1], [1], [1], [1], [0]], (3,), "float16"
     ),
-    "many float16": lambda: bcoo(
-        np.ones((2049, 1)), np.zeros((2049, 1)), (1, 1), "float16"
-    ),
     "compressed float16": lambda: bcsr(
         [6e4, 6e4, -6e4, 1.0], [0, 0, 0, 1], [0, 3, 4], (2, 2), "float16"
-    ),
-    "compressed bfloat16": lambda: bcsr(
-        np.ones(512), np.zeros(512), [0, 512, 512], (2, 2), "bfloat16"
     ),
     "compressed": lambda: bcsr([3.0, 4.0, 1.0], [1, 1, 0], [0, 2, 3], (2, 2)),
     "complex": lambda: bcoo([1 + 1j, 1 - 1j, 3j], [[0], [0], [1]], (2,), "complex64"),
     "rows": lambda: bcoo(draw(5, 4), [[1], [7], [1], [3], [1]], (10, 4)),
     "unique rows": lambda: bcoo(draw(3, 4), [[1], [3], [7]], (10, 4), **UNIQUE),
+    "NumPy values": lambda: sparse.BCOO(
+        (np.ones(9, ml_dtypes.bfloat16), np.zeros((9, 1), np.int32)), shape=(2,)
+    ),
     # Negative indices.
     "from the end": lambda: bcoo([3.0, 4.0], [[-1], [0]], (4,)),
     "one index said twice": lambda: bcoo([3.0, 4.0], [[-1], [3]], (4,)),
-    "unique, from the end": lambda: bcoo([3.0, 4.0], [[-1], [0]], (4,), **UNIQUE),
-    "too far from the end": lambda: bcoo([3.0, 100.0], [[-4], [-5]], (4,)),
     "one of two negative": lambda: bcoo(
         [3.0, 4.0, 99.0], [[0, -1], [0, 1], [-3, 0]], (2, 2)
     ),
@@ -275,10 +248,6 @@ MATRICES = {
     # Padding.
     "just outside": lambda: bcoo([3.0, 4.0, 100.0], [[0], [1], [3]], (3,)),
     "far outside": lambda: bcoo([3.0, 100.0], [[0], [2**31 - 1]], (3,)),
-    "one of two outside": lambda: bcoo(
-        [3.0, 100.0, 99.0], [[0, 1], [0, 2], [2, 0]], (2, 2)
-    ),
-    "rows outside": lambda: bcoo(draw(3, 4), [[0], [9], [1]], (9, 4)),
     "bfloat16 outside": lambda: bcoo([3.0, 100.0], [[0], [3]], (3,), "bfloat16"),
     "NaN outside": lambda: bcoo([3.0, np.nan, 4.0], [[0], [3], [1]], (3,)),
     "inf outside": lambda: bcoo([3.0, np.inf, -np.inf], [[0], [3], [3]], (3,)),
@@ -295,7 +264,6 @@ MATRICES = {
     "NaN beyond the end": lambda: bcsr([3.0, np.nan], [0, 1], [0, 1, 1], (2, 2)),
     "all beyond the end": lambda: bcsr([3.0, np.nan], [0, 1], [0, 0, 0], (2, 2)),
     "column outside": lambda: bcsr([3.0, 100.0], [0, 2], [0, 1, 2], (2, 2)),
-    "unique, beyond": lambda: bcsr([3, 100], [0, 1], [0, 1, 1], (2, 2), **UNIQUE),
     "batched, beyond": lambda: bcsr(
         [[3.0, 100], [4, 12]], [[0, 1]] * 2, [[0, 1, 1], [0, 1, 2]], (2, 2, 2)
     ),
@@ -303,17 +271,12 @@ MATRICES = {
     # Batches, of size 1 too.
     "one data": lambda: bcoo(draw(1, 3), np.stack([ROWS] * 4), (4, 3)),
     "one of indices": lambda: bcoo(draw(4, 3), ROWS[None], (4, 3)),
-    "one of both": lambda: bcoo(draw(1, 3), ROWS[None], (4, 3)),
     "two dimensions": lambda: bcoo(draw(2, 1, 3), np.stack([[ROWS] * 3]), (2, 3, 3)),
-    "batched rows": lambda: bcoo(draw(1, 3, 2), ROWS[None], (4, 3, 2)),
-    "unique batch": lambda: bcoo(draw(1, 2), [[[0], [2]]], (4, 3), **UNIQUE),
-    "padded batch": lambda: bcoo(draw(1, 3), [[[0], [3], [2]]], (4, 3)),
     "compressed data": lambda: bcsr(
         draw(1, 3), [[0, 1, 1]] * 4, [[0, 1, 3]] * 4, (4, 2, 2)
     ),
     "compressed indices": lambda: bcsr(draw(4, 3), [[0, 1, 1]], [[0, 1, 3]], (4, 2, 2)),
     "full batch": lambda: bcoo(draw(4, 3), np.stack([ROWS] * 4), (4, 3)),
-    "dense dimension": lambda: bcoo(draw(3, 2, 5), ROWS, (3, 2, 5)),
     "only dense dimensions": lambda: bcoo(draw(3, 2), np.zeros((3, 0)), (2,)),
     "no entries": lambda: bcoo(draw(0, 2), np.zeros((0, 1)), (4, 2)),
 }
@@ -475,14 +438,11 @@ def test_skip_keeps_the_indices():
     assert state.num_skipped == 1
 
 
-def test_numpy_arrays_may_hold_the_values():
-    data = np.ones(512, ml_dtypes.bfloat16)
-    matrix = sparse.BCOO((data, np.zeros((512, 1), np.int32)), shape=(2,))
-    np.testing.assert_allclose(global_norm(matrix), 512, 1e-6)
-
-
 def test_gradient_through_the_clip_is_that_of_the_dense_matrix():
-    leaf, weights = bcoo(10 * draw(3, 2), [[1], [2], [1]], (10, 2)), jnp.float32(draw(3, 2))
+    leaf, weights = (
+        bcoo(10 * draw(3, 2), [[1], [2], [1]], (10, 2)),
+        jnp.float32(draw(3, 2)),
+    )
 
     def weighted(data, clip):
         matrix = sparse.BCOO((data, leaf.indices), shape=leaf.shape)
