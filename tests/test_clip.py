@@ -195,9 +195,7 @@ LARGE = {
     "powers of two": ([np.full(4, 2.0**127, np.float32)], 16.0),
     "small beside large": ([np.float32([3e38, 3e38, 0.1, 1e-3])], 1e38),
     "to the largest": ([np.full(9, 3e38, np.float32)], MAX),
-    "to one": ([np.full(5000, 3e38, np.float32)], 1.0),
-    "to a small number": ([np.full(3, 3e38, np.float32)], 1e-30),
-    "two leaves": ([np.float32(3e38), np.full((2, 2), 3e38, np.float32)], 2.0),
+    "to one": ([np.float32(3e38), np.full(5000, 3e38, np.float32)], 1.0),
     "mixed": ([np.full(7, 3e38, ml_dtypes.bfloat16), np.float32([1, 3e38])], 1e20),
     "complex": ([np.complex64([3e38 + 3e38j, 1.0, 1e38j, -2e38 + 3.3e38j])], 1.0),
     "float64": ([np.full(4, 1.7e308), np.float64([1e290, 1.0])], 1e308),
@@ -397,14 +395,6 @@ def test_zero_norm_and_zero_threshold(max_norm):
         assert not clip_updates(jnp.array([1.0, -2.0, 1e30]), max_norm)[0].any()
 
 
-@pytest.mark.parametrize("bad", [-1, -1.0, -math.inf, math.nan, np.float32(-1)])
-def test_numbers_out_of_range_are_refused(bad):
-    for name in ("max_norm", "use_norm"):
-        if name == "max_norm" or not math.isnan(bad):  # NaN is the norm of a NaN.
-            with pytest.raises(ValueError, match=f"{name}=.*at least 0"):
-                clip_updates([jnp.ones(3)], **{"max_norm": 1.0, name: bad})
-
-
 def test_arrays_out_of_range():
     clip = jax.jit(lambda leaf, c: clip_updates(leaf, c)[0])
     np.testing.assert_array_equal(clip(jnp.ones(3), -1.0), [0, 0, 0])
@@ -423,14 +413,6 @@ def test_max_norm_none_passes_everything_through():
     clipped, measured = clip_updates(tree, None)
     assert math.isnan(measured)
     assert bits(clipped) == bits(tree)
-
-
-@dtypes
-def test_array_max_norm_of_any_dtype(dtype):
-    for leaf in (jnp.full(4, 2, jnp.bfloat16), jnp.full(4, 2.0)):
-        clipped, _ = clip_updates(leaf, jnp.asarray(1, dtype))
-        assert clipped.dtype == leaf.dtype
-        np.testing.assert_array_equal(clipped.astype(jnp.float32), [0.5] * 4)
 
 
 def test_small_entries_beside_large_ones():
@@ -472,11 +454,6 @@ def test_error_policy():
     np.testing.assert_allclose(clipped, [0.6, 0.8], 1e-6)
 
 
-def test_unknown_policy():
-    with pytest.raises(ValueError, match="nonfinite='skip'.*nan, zero, error"):
-        clip_updates(jnp.ones(3), 1.0, nonfinite="skip")  # pyright: ignore
-
-
 # --- use_norm.
 
 
@@ -498,9 +475,10 @@ def test_use_norm_is_trusted_and_returned():
 
 
 @ords
-def test_derivatives_of_the_clip_at_any_magnitude(ord):
+@policies
+def test_derivatives_of_the_clip_at_any_magnitude(nonfinite, ord):
     def clip(x, max_norm):
-        return clip_updates(x, max_norm, ord=ord)[0]
+        return clip_updates(x, max_norm, ord=ord, nonfinite=nonfinite)[0]
 
     weights = oracle.wide(oracle.WEIGHTS)
     pull = jax.jit(lambda x, c, w: jax.vjp(clip, x, c)[1](w))
@@ -513,7 +491,7 @@ def test_derivatives_of_the_clip_at_any_magnitude(ord):
     def check(power):
         x = oracle.at(power)
         size, unit = oracle.exact_norm(x, ord), oracle.slope(x, ord)
-        for bound in (float(size) / 3, float(size) / 1e3, 1e-20, 1.0, 1e20):
+        for bound in (float(size) / 3, float(size) / 1e3, 0.0, 1e-20, 1, 1e20):
             c = np.float32(bound)
             if size < 2 * c:
                 continue
@@ -595,21 +573,6 @@ def test_derivative_at_a_norm_just_above_the_threshold_is_that_of_the_clip():
     np.testing.assert_allclose(jacobian(updates), threshold * np.eye(2), rtol=1e-6)
     jacobian = jax.jacobian(lambda x: clip_updates(x, threshold)[0])
     np.testing.assert_allclose(jacobian(updates), np.diag([0.0, 1.0]), atol=1e-6)
-
-
-@pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf, None])
-@policies
-def test_derivatives_through_the_clip_are_finite(max_norm, nonfinite):
-    nonfinite = "nan" if max_norm is None else nonfinite
-
-    def total(x):
-        clipped, measured = clip_updates(x, max_norm, nonfinite=nonfinite)
-        return clipped.sum() + measured
-
-    derivatives = jax.jit(lambda x: (jax.grad(total)(x), jax.hessian(total)(x)))
-    for scale in (0.0, 1e-30, 1e-3, 1e30):
-        for found in derivatives(scale * jnp.array([1.0, -2.0, 0.5])):
-            assert jnp.isfinite(found).all()
 
 
 @ords

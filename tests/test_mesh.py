@@ -194,26 +194,6 @@ def test_transformation_under_vmap_over_shard_map_with_a_mapped_mesh_axis():
     np.testing.assert_allclose(norms, [oracle.norm(row) for row in batch], 1e-6)
 
 
-def test_jit_in_scan_in_vmap():
-    scales, leaf = np.float32([1e-25, 1.0, 3.0, 1e25]), np.float32([3.0, 4.0])
-    tx = clip_by_global_norm(10.0)
-    update = jax.jit(tx.update)
-
-    def run(scale):
-        def step(state, factor):
-            updates, state = update([leaf * scale * factor], state)
-            return state, (updates[0], state.global_norm)
-
-        return jax.lax.scan(step, tx.init(None), np.float32([1, 0.5, 2]))
-
-    states, (updates, norms) = jax.jit(jax.vmap(run))(scales)
-    expected = 5 * np.outer(scales.astype(np.float64), [1, 0.5, 2])
-    np.testing.assert_allclose(norms, expected, 2e-6)
-    np.testing.assert_array_equal(states.num_clipped, (expected > 10).sum(1))
-    found = [[oracle.norm(entry) for entry in row] for row in np.asarray(updates)]
-    np.testing.assert_allclose(found, np.minimum(expected, 10), 2e-6)
-
-
 # --- Explicit axes.
 
 
