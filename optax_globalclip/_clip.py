@@ -151,14 +151,12 @@ def clip_leaves(
     norm: GlobalNorm,
     threshold: Scalar | None,
     nonfinite: NonFinite,
-    precision: jnp.dtype | None = None,
 ) -> tuple[list[Any], Clip]:
     """Scales the leaves so that their norm is at most the threshold.
 
-    Norm and threshold are compared in ``precision``, by default that of the norm.
+    Judges in the precision of ``norm.norm``; scales in that of ``norm.value``.
     """
-    found = norm.norm.astype(precision)
-    finite = jnp.isfinite(norm.value)
+    found, finite = norm.norm, jnp.isfinite(norm.value)
     arrays = [leaf.array for leaf in leaves]
     if threshold is None:
         none, one = jnp.full_like(found, math.inf), jnp.ones_like(found)
@@ -224,10 +222,13 @@ def _scaled_jvp(primals, tangents):
     values, threshold, norm, within, zero = primals
     dots, threshold_dot, norm_dot, _, _ = tangents
     fixed = within if zero is None else within | zero
-    norm = GlobalNorm(*(jnp.where(fixed, 1, x) for x in norm))
+    norm = GlobalNorm(
+        norm.norm.astype(norm.value.dtype),
+        *(jnp.where(fixed, 1, x) for x in norm[1:]),
+    )
     shift, scale = _factors(threshold, norm, within)
     # Not by the product of the factors, which may be subnormal.
-    slope = threshold_dot - norm_dot.norm * shift * scale
+    slope = threshold_dot - norm_dot.norm.astype(scale.dtype) * shift * scale
     slope = jnp.where(fixed, 0, slope)
 
     def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mesh import has_mesh
-from ._reduce import ADDENDS, Range, add, fits, groups_of, real_parts
+from ._reduce import ADDENDS, Range, add, groups_of, real_parts
 
 # The dtypes whose squares XLA on CPU fuses into their sum.
 _FUSED = (jnp.float32, jnp.bfloat16, jnp.float64)
@@ -64,9 +64,6 @@ def root_of_squares(
     large = groups_of([x for x in arrays if not _is_small(x)], jax.typeof, ADDENDS)
     sum_of_squares = functools.partial(_sum_of_squares, packs, large, dtype)
     plain = sum_of_squares(None)
-    if all(fits(array.dtype, dtype) for array in arrays):
-        return jnp.sqrt(plain), jnp.ones_like(plain)
-
     limits, grow = Range.of(dtype), _grow(dtype)
     tiny, huge = plain < limits.floor, ~(plain < math.inf)
     scale = jnp.where(tiny, grow, limits.shrink).astype(dtype)

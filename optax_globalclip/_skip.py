@@ -129,15 +129,12 @@ def skip_by_global_norm(
             state = _as_state(state, init_fn, updates if params is None else params)
         check_scalars(state)
         leaves, _ = split_updates(updates, axis_name)
-        norm, precision = given_norm(leaves, extra_args.get("use_norm")), None
-        if isinstance(max_norm, Threshold):
-            # A Threshold works in float32, so its norm is judged in float32.
-            norm, precision = norm or measure(leaves, order), jnp.float32
-        threshold, threshold_state = next_threshold(max_norm, norm, state)
+        norm = given_norm(leaves, extra_args.get("use_norm"))
+        if norm is None and isinstance(max_norm, Threshold):
+            norm = measure(leaves, order)
+        norm, threshold, threshold_state = next_threshold(max_norm, norm, state)
         own = state._replace(threshold_state=None, inner_state=None)
-        taken, own = _judge(
-            leaves, norm, threshold, own, order, precision, max_consecutive_skips
-        )
+        taken, own = _judge(leaves, norm, threshold, own, order, max_consecutive_skips)
         returned = run_inner(updates, state.inner_state, params, **extra_args)
         _check_returned(returned, state.inner_state)
         new_updates, inner_state = _select(taken, *returned, state.inner_state)
@@ -190,11 +187,11 @@ def _restored(node: Any, like: Any) -> Any:
     return node if jax.tree.leaves(like) else like
 
 
-@functools.partial(jax.jit, static_argnames=("ord", "precision"))
-def _judge(leaves, norm, threshold, state, ord, precision, max_consecutive_skips):
+@functools.partial(jax.jit, static_argnames="ord")
+def _judge(leaves, norm, threshold, state, ord, max_consecutive_skips):
     """Judges as a clip does, and measures unless a threshold needed the norm before."""
     norm = measure(leaves, ord) if norm is None else norm
-    _, clip = clip_leaves([], norm, threshold, "nan", precision)
+    _, clip = clip_leaves([], norm, threshold, "nan")
     above = clip.clipped
     if max_consecutive_skips is not None:
         above &= state.num_consecutive_skips < max_consecutive_skips
@@ -230,16 +227,14 @@ def _select(taken, updates, new_state, state):
 
 def _check_returned(returned: Any, state: Any) -> None:
     """Raises if the inner update did not return updates and a state like before."""
-    check_pair("The inner update", returned)
-    updates, new_state = returned
-    if not all(map(is_array, jax.tree.leaves(updates))):
-        paths = jax.tree.leaves_with_path(updates)
-        path, leaf = next(pair for pair in paths if not is_array(pair[1]))
-        raise TypeError(
-            f"The inner update returned updates{jax.tree_util.keystr(path)}: "
-            f"{described(leaf)}. Return arrays."
-        )
-    check_same("The inner update", new_state, state, dtypes=False)
+    check_pair("inner.update", returned)
+    for path, leaf in jax.tree.leaves_with_path(returned[0]):
+        if not is_array(leaf):
+            raise TypeError(
+                f"The inner update returned updates{jax.tree_util.keystr(path)}: "
+                f"{described(leaf)}. Return arrays."
+            )
+    check_same("The state that inner.update returned", returned[1], state)
 
 
 jax.export.register_namedtuple_serialization(

@@ -99,8 +99,10 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
 
 def next_threshold(
     max_norm: MaxNorm | None, norm: Any, state: Any
-) -> tuple[Scalar | None, ThresholdState]:
-    """The threshold, and its own new state.
+) -> tuple[Any, Scalar | None, ThresholdState]:
+    """The norm as it is to be judged, the threshold, and the threshold's new state.
+
+    A :class:`Threshold` works in float32, so its norm is judged in float32.
 
     Args:
       max_norm: as for the transformations.
@@ -108,24 +110,25 @@ def next_threshold(
       state: the state of the transformation.
     """
     if isinstance(max_norm, Threshold):
-        norm, own = norm.norm.astype(jnp.float32), state.threshold_state
+        norm = norm._replace(norm=norm.norm.astype(jnp.float32))
+        own = state.threshold_state
         own = own if jax.tree.leaves(own) else jax.tree.map(_copy, max_norm.init())
-        returned = max_norm.update(norm, own, state.num_updates)
+        returned = max_norm.update(norm.norm, own, state.num_updates)
         check_pair("Threshold.update", returned)
-        threshold, proposed = returned
-        check_same("Threshold.update", proposed, own, dtypes=True)
-        kept = admitted(norm, proposed, own) if jax.tree.leaves(own) else None
-        return as_scalar("the threshold of Threshold.update", threshold), kept
+        threshold, new = returned
+        check_same("The state that Threshold.update returned", new, own, dtypes=True)
+        new = admitted(norm.norm, new, own) if jax.tree.leaves(own) else None
+        return norm, as_scalar("the threshold of Threshold.update", threshold), new
     if max_norm is None or not callable(max_norm):
         # A number was made a float before.
-        return cast(Scalar | None, max_norm), None
+        return norm, cast(Scalar | None, max_norm), None
     threshold = max_norm(state.num_updates)
     if isinstance(threshold, Threshold):
         raise TypeError(
             "The schedule max_norm returned a Threshold, so it is a function that "
             "makes one. Pass what it returns, such as max_norm=zscore_threshold()."
         )
-    return as_scalar("the value of the schedule max_norm", threshold), None
+    return norm, as_scalar("the value of the schedule max_norm", threshold), None
 
 
 def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
@@ -188,16 +191,6 @@ class QuantileState(NamedTuple):
 
     recent_norms: Any
     num_norms: Any
-
-
-def _check_own(state: Any, own: Any) -> None:
-    """Raises if the state is that of another threshold."""
-    if getattr(state, "_fields", None) != own._fields:
-        raise TypeError(
-            f"threshold_state is a {type(state).__name__}, but this threshold keeps a "
-            f"{own.__name__} with the fields {', '.join(own._fields)}. Pass the state "
-            "that init returns, or one with threshold_state=None, to begin anew."
-        )
 
 
 def zscore_threshold(
@@ -283,7 +276,7 @@ def zscore_threshold(
         norm: jax.Array, state: ZScoreState, count: jax.Array
     ) -> tuple[jax.Array, ZScoreState]:
         del count
-        _check_own(state, ZScoreState)
+        check_same("threshold_state", state, init())
         return _zscore_step(norm, state, z, weight, max(warmup_steps, 1))
 
     return Threshold(init, update)
@@ -393,14 +386,7 @@ def quantile_threshold(
         norm: jax.Array, state: QuantileState, count: jax.Array
     ) -> tuple[jax.Array, QuantileState]:
         del count
-        _check_own(state, QuantileState)
-        shape = jnp.shape(state.recent_norms)
-        if shape != (window,):
-            raise ValueError(
-                f"threshold_state.recent_norms has shape {shape}, but window={window}. "
-                "Pass the window that the state was made with, or a state with "
-                "threshold_state=None, to begin anew."
-            )
+        check_same("threshold_state", state, init())
         return _quantile_step(norm, state, below, share, warmup_steps)
 
     return Threshold(init, update)

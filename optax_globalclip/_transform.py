@@ -142,30 +142,27 @@ def clip_by_global_norm(
             state = init_fn(None)
         check_scalars(state)
         leaves, join = split_updates(updates, axis_name)
-        norm, precision = given_norm(leaves, use_norm), None
-        if isinstance(max_norm, Threshold):
-            # A Threshold works in float32, so its norm is judged in float32.
-            norm, precision = norm or measure(leaves, order), jnp.float32
-        threshold, threshold_state = next_threshold(max_norm, norm, state)
+        norm = given_norm(leaves, use_norm)
+        if norm is None and isinstance(max_norm, Threshold):
+            norm = measure(leaves, order)
+        norm, threshold, threshold_state = next_threshold(max_norm, norm, state)
         # Without the threshold's state: what is the user's is handed to no jit of ours.
         own = state._replace(threshold_state=None)
-        arrays, clip, own = _clip(
-            leaves, norm, threshold, own, order, nonfinite, precision
-        )
+        arrays, clip, own = _clip(leaves, norm, threshold, own, order, nonfinite)
         check_finite(clip, nonfinite)
         return join(arrays), own._replace(threshold_state=threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@functools.partial(jax.jit, static_argnames=("ord", "nonfinite", "precision"))
-def _clip(leaves, norm, threshold, state, ord, nonfinite, precision):
+@functools.partial(jax.jit, static_argnames=("ord", "nonfinite"))
+def _clip(leaves, norm, threshold, state, ord, nonfinite):
     """Clips and counts, and measures unless a threshold needed the norm before.
 
     Outside ``jit`` an update by a number or a schedule is this one call.
     """
     norm = measure(leaves, ord) if norm is None else norm
-    arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite, precision)
+    arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
     state = state._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
