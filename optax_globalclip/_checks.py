@@ -109,12 +109,6 @@ def check_count(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def check_pair(who: str, returned: Any) -> None:
-    """Raises if a function of the user's did not return a pair."""
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(f"{who} returned {described(returned)}. Return a pair.")
-
-
 def check_same(who: str, new: Any, old: Any, *, dtypes: bool = False) -> None:
     """Raises if a state has another structure, other shapes or dtypes than before.
 
