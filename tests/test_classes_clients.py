@@ -47,7 +47,7 @@ TRANSFORMATIONS = {
     f"{kind}, {name}": functools.partial(make, threshold)
     for kind, make in {
         "clip": lambda t, **o: clip_by_global_norm(t(), **o),
-        "skip": lambda t, **o: skip_by_global_norm(optax.trace(0.9), t(), **o),
+        "skip": lambda t, **o: skip_by_global_norm(optax.trace(0.1), t(), **o),
         "both": lambda t, **o: skip_by_global_norm(
             optax.chain(clip_by_global_norm(t(), **o), optax.scale_by_adam()), 9.0, **o
         ),
