@@ -290,4 +290,6 @@ def _product(value, shift, scale, zero):
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
     product = jax.lax.select(scale == 1, value, product)
-    return product if zero is None else jnp.where(zero, jnp.zeros_like(product), product)
+    return (
+        product if zero is None else jnp.where(zero, jnp.zeros_like(product), product)
+    )

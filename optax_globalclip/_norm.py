@@ -244,9 +244,7 @@ def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
     if any(leaf.axes for leaf in leaves) or not all(map(_cpu.can_sum, arrays)):
         return GlobalNorm.scaled(*root(arrays))
     on_cpu = functools.partial(_cpu.root_of_squares, dtype=dtype)
-    return GlobalNorm.scaled(
-        *lax.platform_dependent(arrays, cpu=on_cpu, default=root)
-    )
+    return GlobalNorm.scaled(*lax.platform_dependent(arrays, cpu=on_cpu, default=root))
 
 
 @_two_norm.defjvp
