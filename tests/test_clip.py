@@ -192,7 +192,6 @@ def as_jit_takes(tree):
 # --- Norms above the largest float.
 
 LARGE = {
-    "powers of two": ([np.full(4, 2.0**127, np.float32)], 16.0),
     "small beside large": ([np.float32([3e38, 3e38, 0.1, 1e-3])], 1e38),
     "to the largest": ([np.full(9, 3e38, np.float32)], MAX),
     "to one": ([np.float32(3e38), np.full(5000, 3e38, np.float32)], 1.0),
@@ -226,18 +225,6 @@ def test_norms_above_the_largest_float_are_clipped(case, ord):
         np.testing.assert_array_equal(logged["clipped_norm"], np.float32(max_norm))
     assert logged["clip_scale"] > 0
     assert (logged["clip_fraction"], logged["nonfinite_fraction"]) == (1, 0)
-
-
-@pytest.mark.parametrize("threshold", [1e38, 1.0, 1e-30])
-def test_clipped_norm_in_the_state_is_that_of_the_updates(threshold):
-    update = jax.jit(clip_by_global_norm(np.float32(threshold)).update)
-    for entry in (1e-36, 1e-10, 1.0, 1e10, 1e37, 3e38):
-        tree = [np.full(3, entry, np.float32)]
-        updates, state = update(tree, None)
-        expected = min(oracle.norm(tree), float(np.float32(threshold)))
-        np.testing.assert_allclose(metrics(state)["clipped_norm"], expected, 1e-6)
-        np.testing.assert_allclose(oracle.norm(updates), expected, 1e-6)
-        assert state.clip_scale > 0
 
 
 # --- Rounding: every number of half precision, and its bits.

@@ -113,9 +113,6 @@ def test_documented_names_of_a_mean_without_types_count_each_device():
     shards, grads = np.zeros(8, np.float32), np.full((8, 1), 12, np.float32)
     unchecked = sharded_beside_mean(global_norm, ("x", "y"), check_vma=False)
     np.testing.assert_allclose(unchecked(shards, grads), 12 * math.sqrt(8), 1e-6)
-    names = {"w": ("x", "y"), "mean": ()}
-    unchecked = sharded_beside_mean(global_norm, names, check_vma=False)
-    np.testing.assert_allclose(unchecked(shards, grads), 12, 1e-6)
 
 
 @pytest.mark.parametrize(
