@@ -281,6 +281,7 @@ MATRICES = {
 each_matrix = pytest.mark.parametrize("case", MATRICES)
 
 
+@pytest.mark.slow
 @each_matrix
 def test_oracle_is_the_matrix_that_jax_makes(case):
     """On values that are not lost in half precision, nor NaN outside the shape."""
