@@ -251,21 +251,21 @@ def _factors(
     return jnp.where(within, 1, shift), jnp.where(within, 1, scale)
 
 
-def _products(values, *factors):
+def _products(values, shift, scale, zero):
     """The product of each value, as suits the platform."""
 
-    def product_on_cpu(value, shift, scale, zero):
-        if _cpu.can_multiply(value, scale):
-            return _cpu.product(value, shift, scale, zero)
-        return _product(value, shift, scale, zero)
-
-    def each(product):
-        return lambda values, *factors: [product(x, *factors) for x in values]
+    def products(values, *factors):
+        return [_product(value, *factors) for value in values]
 
     if any(map(has_mesh, values)):
-        return each(_product)(values, *factors)
+        return products(values, shift, scale, zero)
     return jax.lax.platform_dependent(
-        values, *factors, cpu=each(product_on_cpu), default=each(_product)
+        values,
+        shift,
+        scale,
+        zero,
+        cpu=functools.partial(_cpu.products, product=_product),
+        default=products,
     )
 
 

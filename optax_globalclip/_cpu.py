@@ -71,18 +71,40 @@ def root_of_squares(
     tiny, huge = plain < limits.floor, ~(plain < math.inf)
     scale = jnp.where(tiny, grow, limits.shrink).astype(dtype)
     total = lax.cond(tiny | huge, sum_of_squares, lambda _: plain, scale)
-    value = jnp.sqrt(total) * jnp.where(tiny, 1 / grow, 1).astype(dtype)
-    return value, jnp.where(huge, 1 / limits.shrink, 1).astype(dtype)
+    # Both end in a division, as ``once`` says.
+    value = jnp.sqrt(total) / jnp.where(tiny, grow, 1).astype(dtype)
+    return value, 1 / jnp.where(huge, limits.shrink, 1).astype(dtype)
 
 
-def can_multiply(array: jax.Array, factor: jax.Array) -> bool:
-    """Whether ``product`` takes the array: of bfloat16."""
-    return array.dtype == jnp.bfloat16 and factor.dtype == jnp.float32
+def once(scalar: jax.Array) -> jax.Array:
+    """The scalar, as a division.
+
+    XLA on CPU computes cheaper scalars again in each kernel that reads them, with all
+    that they are made of: compiling takes quadratic time in the number of leaves.
+    """
+    return scalar / jnp.where(scalar == scalar, 1, scalar)
+
+
+def products(
+    values: list[jax.Array],
+    shift: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    *,
+    product: Callable[..., jax.Array],
+) -> list[jax.Array]:
+    """The product of each value; those of bfloat16 by integers."""
+    shift, scale = once(shift), once(scale)
+    narrow = jnp.bfloat16 if scale.dtype == jnp.float32 else None
+    return [
+        (_product if value.dtype == narrow else product)(value, shift, scale, zero)
+        for value in values
+    ]
 
 
 # Traced once for leaves of one type.
 @jax.jit
-def product(
+def _product(
     array: jax.Array, shift: jax.Array, scale: jax.Array, zero: jax.Array | None
 ) -> jax.Array:
     """``array * shift * scale`` in bfloat16, by integers; the array if ``scale`` is 1.

@@ -158,12 +158,12 @@ class GlobalNorm(NamedTuple):
         norm = jnp.asarray(norm, dtype)
         constant, large = lax.stop_gradient(norm), 1 / Range.of(dtype).shrink
         unit = jnp.where(constant >= large, large, 1).astype(dtype)
-        return cls(norm, *_hidden(constant / unit, unit))
+        return cls(norm, *hidden(constant / unit, unit))
 
     @classmethod
     def scaled(cls, value: jax.Array, unit: jax.Array) -> "GlobalNorm":
         """The norm ``value * unit``."""
-        value, unit = _hidden(value, unit)
+        value, unit = hidden(value, unit)
         return cls(value * unit, value, unit)
 
     def as_divisor(self) -> "GlobalNorm":
@@ -173,10 +173,10 @@ class GlobalNorm(NamedTuple):
         return GlobalNorm(*(jnp.where(usable, x, 1) for x in norm))
 
 
-def _hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
+def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
     """The scalars, as no constants to XLA.
 
-    XLA makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, though
+    It makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, though
     ``a * b`` may underflow. A barrier is no constant.
     """
     return lax.optimization_barrier(scalars)
@@ -263,7 +263,8 @@ def _p_norm(ord: float, leaves: list[Leaf]) -> GlobalNorm:
         return largest
     scale = largest.as_divisor()
     powers = jax.tree.map(lambda x: _power(_share(x, scale), ord), leaves)
-    return GlobalNorm.scaled(_power(_total(powers), 1 / ord) * scale.value, scale.unit)
+    root = _cpu.once(_total(powers)) ** (1 / ord)
+    return GlobalNorm.scaled(root * scale.value, scale.unit)
 
 
 @_p_norm.defjvp
@@ -286,7 +287,7 @@ def _p_norm_jvp(ord, primals, tangents):
         weights = jax.tree.map(lambda x: _power(x, ord - 1), shares)
         powers = jax.tree.map(lambda x: _power(x, ord), shares)
         divisor = _power(_total(powers), 1 - 1 / ord)
-    divisor = jnp.where(divisor > 0, divisor, 1)
+    divisor = _cpu.once(jnp.where(divisor > 0, divisor, 1))
 
     def product(weight: jax.Array, array: jax.Array, dot: jax.Array) -> jax.Array:
         signs = _signs(real_parts(array, weight.dtype))
@@ -356,7 +357,7 @@ def _largest_part(leaves: list[Leaf]) -> jax.Array:
         return largest([jnp.max(x, initial=0) for x in bits])
 
     bits = _over_devices(lax.stop_gradient(leaves), of_arrays, lax.pmax, largest)
-    return _hidden(lax.bitcast_convert_type(bits, dtype))[0]
+    return _cpu.once(lax.bitcast_convert_type(bits, dtype))
 
 
 # --- What all of them share.
@@ -381,7 +382,7 @@ def _over_devices(
 
 def _total(leaves: Sequence[Leaf]) -> jax.Array:
     """The sum of all entries."""
-    return _over_devices(leaves, lambda xs: add(list(map(jnp.sum, xs))), lax.psum, add)
+    return _over_devices(leaves, lambda xs: add([*map(jnp.sum, xs)]), lax.psum, add)
 
 
 def _tangent(norm: GlobalNorm, products: list[Leaf]) -> GlobalNorm:
