@@ -22,7 +22,7 @@ figures. The workarounds wait for these issues:
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -85,14 +85,7 @@ def once(scalar: jax.Array) -> jax.Array:
     return scalar / jnp.where(scalar == scalar, 1, scalar)
 
 
-def products(
-    values: list[jax.Array],
-    shift: jax.Array,
-    scale: jax.Array,
-    zero: jax.Array | None,
-    *,
-    product: Callable[..., jax.Array],
-) -> list[jax.Array]:
+def products(values, shift, scale, zero, *, product):
     """The product of each value; those of bfloat16 by integers."""
     shift, scale = once(shift), once(scale)
     narrow = jnp.bfloat16 if scale.dtype == jnp.float32 else None
@@ -104,9 +97,7 @@ def products(
 
 # Traced once for leaves of one type.
 @jax.jit
-def _product(
-    array: jax.Array, shift: jax.Array, scale: jax.Array, zero: jax.Array | None
-) -> jax.Array:
+def _product(array, shift, scale, zero):
     """``array * shift * scale`` in bfloat16, by integers; the array if ``scale`` is 1.
 
     XLA on CPU would convert the leaf to float32, share that conversion with the norm's,
@@ -137,12 +128,7 @@ def _grow(dtype: jnp.dtype) -> float:
     return 2.0 ** ((int(jnp.finfo(dtype).maxexp) - 2 - floor) // 2)
 
 
-def _sum_of_squares(
-    packs: list[jax.Array],
-    large: list[list[jax.Array]],
-    dtype: jnp.dtype,
-    scale: jax.Array | None,
-) -> jax.Array:
+def _sum_of_squares(packs, large, dtype, scale):
     """The sum of squares of all entries, each times the scale if there is one."""
     squares = functools.partial(_squares, scale=scale, dtype=dtype)
     sums = [_sum_entries(squares(pack)) for pack in packs]
@@ -192,9 +178,7 @@ def _sum_entries(array: jax.Array) -> jax.Array:
     return jnp.sum(array)
 
 
-def _sum_in_chunks(
-    leaves: list[jax.Array], values: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def _sum_in_chunks(leaves, values):
     """The sum of what XLA on CPU does not fuse into a sum, but materializes first.
 
     As a loop over chunks it is fused.

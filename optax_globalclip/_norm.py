@@ -18,14 +18,7 @@ from . import _cpu
 from ._checks import Scalar, as_ord
 from ._mesh import Axes, factor_of, reduced
 from ._reduce import Range, add, real_parts, root_of_squares, two_sums
-from ._tree import (
-    AxisName,
-    Leaf,
-    accumulator_dtype,
-    is_float0,
-    matrix_values,
-    split_updates,
-)
+from ._tree import AxisName, Leaf, accumulator, is_float0, matrix_values, split_updates
 
 
 def global_norm(
@@ -212,7 +205,7 @@ def _divide_jvp(primals, tangents):
 @functools.partial(jax.jit, static_argnames="ord")
 def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
     """The global norm of the leaves."""
-    dtype = accumulator_dtype(leaves)
+    dtype = accumulator(leaves)
     if not leaves:
         return GlobalNorm.of(0.0, dtype)
     with jax.named_scope("global_norm"):
@@ -229,7 +222,7 @@ def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
 @jax.custom_jvp
 def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
     """The root of the sum of squares, and its derivative Σ xᵢ/‖x‖ · ẋᵢ; 0 at 0."""
-    sums = functools.partial(two_sums, dtype=accumulator_dtype(leaves))
+    sums = functools.partial(two_sums, dtype=accumulator(leaves))
     if not all(map(_cpu.can_sum, leaves)):
         total = _over_devices(leaves, sums, lax.psum, add)
         return GlobalNorm.scaled(*root_of_squares(total))
@@ -301,7 +294,7 @@ def _p_norm_jvp(ord, primals, tangents):
 def _largest(leaves: list[Leaf]) -> GlobalNorm:
     """The largest modulus of any entry; a constant."""
     leaves = lax.stop_gradient(leaves)
-    norm = GlobalNorm.of(_largest_part(leaves), accumulator_dtype(leaves))
+    norm = GlobalNorm.of(_largest_part(leaves), accumulator(leaves))
     if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
         return norm
     # A modulus may be larger than both of its parts, and overflow where they do not.
@@ -347,7 +340,7 @@ def _largest_part(leaves: list[Leaf]) -> jax.Array:
     By their bits, which for floats without a sign are in the same order, with NaN at
     the end: a maximum of floats loses a NaN on its way over devices.
     """
-    dtype = accumulator_dtype(leaves)
+    dtype = accumulator(leaves)
     integer = jnp.dtype(f"int{jnp.finfo(dtype).bits}")
     largest = functools.partial(functools.reduce, jnp.maximum)
 

@@ -73,7 +73,7 @@ def split_updates(
     return [Leaf(arrays[i], axes[i]) for i in counted], join
 
 
-def accumulator_dtype(leaves: Sequence[Leaf]) -> jnp.dtype:
+def accumulator(leaves: Sequence[Leaf]) -> jnp.dtype:
     """float64 if any leaf is float64 or complex128, else float32."""
     doubles = jnp.float64, jnp.complex128
     double = any(leaf.array.dtype in doubles for leaf in leaves)
