@@ -85,7 +85,8 @@ def test_error_policy_raises_and_names_what_to_do():
 
 def test_counters_saturate():
     last = jnp.int32(2**31 - 1)
-    for threshold in (1.0, zscore_threshold(warmup_steps=1)):
+    quantile = quantile_threshold(0.5, window=3, warmup_steps=1)
+    for threshold in (1.0, zscore_threshold(warmup_steps=1), quantile):
         tx, state = clip_by_global_norm(threshold), None
         for scale in (1, 1.1, 0.9, 1):
             _, state = updated(tx, state, scale)
