@@ -13,6 +13,10 @@
 from ._clip import clip_updates as clip_updates
 from ._metrics import metrics as metrics
 from ._norm import global_norm as global_norm, leaf_norms as leaf_norms
+from ._skip import (
+    SkipByGlobalNormState as SkipByGlobalNormState,
+    skip_by_global_norm as skip_by_global_norm,
+)
 from ._threshold import (
     Threshold as Threshold,
     quantile_threshold as quantile_threshold,
@@ -20,9 +24,7 @@ from ._threshold import (
 )
 from ._transform import (
     ClipByGlobalNormState as ClipByGlobalNormState,
-    SkipByGlobalNormState as SkipByGlobalNormState,
     clip_by_global_norm as clip_by_global_norm,
-    skip_by_global_norm as skip_by_global_norm,
 )
 
 __version__ = "0.1.0"

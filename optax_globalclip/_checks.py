@@ -1,20 +1,19 @@
 """Arguments: what is wrong with them, and what to pass instead."""
 
-import decimal
 import math
 import numbers
-import sys
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-NonFinite = Literal["nan", "zero", "error"]
-Scalar = float | jax.Array
+NonFinite: TypeAlias = Literal["nan", "zero", "error"]
 # What may be passed for a scalar: all that ``chex.Numeric`` is.
-Numeric = jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | int | float
-_REAL = numbers.Real | decimal.Decimal
+Numeric: TypeAlias = (
+    jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | float
+)
+Scalar: TypeAlias = float | jax.Array
 
 
 def unwrapped(value: Any) -> Any:
@@ -24,7 +23,14 @@ def unwrapped(value: Any) -> Any:
     return value.__jax_array__()
 
 
-def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
+def as_scalar(
+    name: str,
+    value: Any,
+    least: float = 0,
+    most: float = math.inf,
+    *,
+    nan_allowed: bool = False,
+) -> Scalar:
     """Converts a number to a float; returns an array on a device as it is.
 
     The value of an array is never looked at: it may be traced, or not be ready.
@@ -32,45 +38,40 @@ def as_scalar(name: str, value: Any, *, nan_allowed: bool = False) -> Scalar:
     Raises:
       TypeError: for anything but a real number or a real array.
       ValueError: for an array that is not a scalar, or for a Python or NumPy number
-        that is negative, NaN (unless ``nan_allowed``) or too large for a float.
+        that is out of range or NaN (unless ``nan_allowed``).
     """
-    value = unwrapped(value)
-    if isinstance(value, np.timedelta64):  # An integer to NumPy.
-        raise TypeError(f"{name}={value!r} is a timedelta64. Pass a real number.")
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        _check_array(name, value)
-    elif isinstance(value, bool) or not isinstance(value, _REAL):
-        raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}. Pass a real number or a "
-            "scalar array."
-        )
+    value, remedy = unwrapped(value), f"Pass a real number of at least {least:g}"
+    remedy += f", math.inf included." if math.isinf(most) else f", at most {most:g}."
+    if not _is_real(value):
+        raise TypeError(f"{name} is {described(value)}. {remedy}")
+    if np.shape(value) != ():
+        raise ValueError(f"{name} has shape {np.shape(value)}: it is one. {remedy}")
     if isinstance(value, jax.Array):
         return value
-    number = _as_float(name, value)
-    if number < 0 or (math.isnan(number) and not nan_allowed):
-        raise ValueError(
-            f"{name}={number}: a norm is at least 0. Pass a number of at least 0, or "
-            "math.inf never to clip."
-        )
-    return number
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
+    if not (least <= number <= most or (nan_allowed and math.isnan(number))):
+        raise ValueError(f"{name}={number} is out of range. {remedy}")
+    # Without x64 it becomes float32, and NumPy would warn of what is inf there.
+    largest = float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).max)
+    return math.inf if number > largest else number
 
 
-def as_ord(ord: Any) -> Scalar:
-    """Converts the order of a norm to a float; returns an array as it is.
+def as_ord(ord: Any) -> float:
+    """The order of a norm as a float; 2 for None.
 
     Raises:
-      ValueError: for anything but a real scalar; for a Python or NumPy number less than
-        1 or NaN.
+      TypeError: for an array, or anything else that is no real number.
+      ValueError: for a number less than 1 or NaN.
     """
-    rule = (
-        "the order of a norm is a real number of at least 1, or math.inf for the "
-        "largest entry."
-    )
-    return _within("ord", ord, 1, math.inf, rule)
+    check_static("ord", ord)
+    return 2.0 if ord is None else float(as_scalar("ord", ord, least=1))
 
 
 def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
-    """Raises if there is no such policy, or nothing that could carry it out."""
+    """Raises for an unknown policy, and for any but "nan" if ``max_norm`` is None."""
     if not isinstance(nonfinite, str) or nonfinite not in get_args(NonFinite):
         raise ValueError(
             f"nonfinite={nonfinite!r}: it is one of {', '.join(get_args(NonFinite))}."
@@ -82,94 +83,90 @@ def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
         )
 
 
-def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Raises if ``value`` is no finite real scalar from ``least`` to ``most``."""
-    above = math.isinf(most)
-    what = f"of at least {least:g}" if above else f"from {least:g} to {most:g}"
-    most = min(most, sys.float_info.max)
-    _within(name, value, least, most, f"pass a finite number {what}.")
-
-
 def check_static(name: str, value: Any) -> None:
     """Raises if ``value`` is an array on a device."""
-    if isinstance(value, jax.Array):
+    if isinstance(unwrapped(value), jax.Array):
         raise TypeError(
-            f"{name} is an array, but it is static: it decides about shapes and what "
-            f"is compiled. Pass a Python number; in optax.inject_hyperparams, name "
-            f"{name!r} in static_args."
+            f"{name} is an array, but it is static: it decides about what is compiled. "
+            f"Pass a Python number; in optax.inject_hyperparams, name {name!r} in "
+            "static_args."
         )
 
 
-def check_count(name: str, value: Any, at_least: int, otherwise: str = "") -> None:
-    """Raises if ``value`` is no Python or NumPy integer that an int32 can count to."""
+def check_count(name: str, value: Any, least: int) -> int:
+    """The count as an int; raises if no int32 can hold it.
+
+    Raises:
+      TypeError: for an array on a device.
+      ValueError: for anything but an integer in range.
+    """
     check_static(name, value)
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or not at_least <= int(value) < 2**31:
+    if not integer or not least <= int(value) < 2**31:
         raise ValueError(
-            f"{name}={value!r}: pass an integer from {at_least} to 2**31 - 1"
-            f"{otherwise}."
+            f"{name}={value!r}: pass an integer from {least} to 2**31 - 1."
         )
+    return int(value)
 
 
-def check_pair(who: str, returned: Any, remedy: str) -> None:
+def check_pair(who: str, returned: Any) -> None:
     """Raises if a function of the user's did not return a pair."""
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(
-            f"{who} returned {type(returned).__name__}, but not a pair. {remedy}"
-        )
+        raise TypeError(f"{who} returned {described(returned)}. Return a pair.")
 
 
-def check_like(who: str, name: str, new_state: Any, state: Any, remedy: str) -> None:
-    """Raises if a new state has another structure or other shapes than before."""
-    leaves, before = jax.tree.flatten(state)
-    new_leaves, after = jax.tree.flatten_with_path(new_state)
-    if before != after:
+def check_same(who: str, new: Any, old: Any, *, dtypes: bool) -> None:
+    """Raises if a state has another structure, other shapes or dtypes than before.
+
+    Args:
+      who: who returned the new state.
+      new: the state returned.
+      old: the state before.
+      dtypes: whether dtypes count; those of weakly typed numbers never do.
+    """
+    remedy = "Return a state with the structure, shapes and dtypes of the one before."
+    leaves, structure = jax.tree.flatten_with_path(new)
+    old_leaves, old_structure = jax.tree.flatten(old)
+    if structure != old_structure:
         raise ValueError(
-            f"{who} returned a state of the structure {after} for one of {before}. "
-            f"{remedy}"
+            f"{who} returned a state of the structure {structure} for one of "
+            f"{old_structure}. {remedy}"
         )
-    for (path, new), old in zip(new_leaves, leaves, strict=True):
-        if jnp.shape(new) != jnp.shape(old):
-            raise ValueError(
-                f"{who} returned {name}{jax.tree_util.keystr(path)} of shape "
-                f"{jnp.shape(new)} for one of {jnp.shape(old)}. {remedy}"
+    for (path, leaf), before in zip(leaves, old_leaves, strict=True):
+        if not is_array(leaf):
+            raise TypeError(
+                f"{who} returned state{jax.tree_util.keystr(path)}: "
+                f"{described(leaf)}. Return arrays."
+            )
+        weak = not hasattr(leaf, "dtype") or getattr(leaf, "weak_type", False)
+        other = dtypes and not weak and leaf.dtype != jnp.result_type(before)
+        if other or np.shape(leaf) != np.shape(before):
+            raise (TypeError if other else ValueError)(
+                f"{who} returned state{jax.tree_util.keystr(path)}: "
+                f"{described(leaf)} for {described(before)}. {remedy}"
             )
 
 
-def _within(name: str, value: Any, least: float, most: float, rule: str) -> Scalar:
-    """``as_scalar`` of a number in a range, where every error says the rule."""
-    shown = "array" if isinstance(value, jax.Array) else repr(value)
-    wrong = f"{name}={shown}: {rule}"
-    try:
-        number = as_scalar(name, value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(wrong) from error
-    if isinstance(number, float) and not least <= number <= most:
-        raise ValueError(wrong)
-    return number
+def is_array(leaf: Any) -> bool:
+    """Whether JAX has an array of it: not for objects, strings and dates."""
+    leaf = unwrapped(leaf)
+    if isinstance(leaf, jax.Array | int | float | complex):
+        return True
+    return hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "O") not in "OSUmM"
 
 
-def _check_array(name: str, value: jax.Array | np.ndarray | np.generic) -> None:
-    floating = jnp.issubdtype(value.dtype, jnp.floating)
-    if not floating and not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(
-            f"{name}={value.dtype}{list(value.shape)}: an array, but not of floats or "
-            "integers. Pass a real number or a scalar array of real numbers."
+def described(value: Any) -> str:
+    """``float32[3,4]`` of an array, else the value and its type."""
+    if isinstance(value, type) or not hasattr(value, "dtype"):
+        return f"{value!r}, a {type(value).__name__}"
+    return f"{value.dtype}[{','.join(map(str, getattr(value, 'shape', ())))}]"
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        integer = jnp.issubdtype(value.dtype, np.integer)
+        # A timedelta64 is a signed integer to NumPy.
+        return jnp.issubdtype(value.dtype, jnp.floating) or (
+            integer and value.dtype.kind in "iuV"
         )
-    if value.shape != ():
-        raise ValueError(
-            f"{name} has shape {value.shape}, but it is one number for the whole "
-            "tree. Pass a scalar, of shape ()."
-        )
-
-
-def _as_float(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(
-            f"{name} is too large for a float. Pass math.inf never to clip."
-        ) from None
-    # Without x64 it becomes float32, and NumPy would warn of what is inf there.
-    largest = float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).max)
-    return math.inf if number > largest else number
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

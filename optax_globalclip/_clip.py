@@ -11,10 +11,9 @@ import optax
 
 from . import _cpu
 from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfinite
-from ._errors import explained
-from ._mesh import factor_of, has_mesh, is_marked
-from ._norm import GlobalNorm, divide, formula_of, found, measure
-from ._range import wide
+from ._mesh import factor_of, has_mesh
+from ._norm import GlobalNorm, divide, measure
+from ._reduce import wide
 from ._tree import (
     AxisName,
     Leaf,
@@ -43,13 +42,12 @@ class Clip(NamedTuple):
     finite: jax.Array
 
 
-@explained()
 def clip_updates(
     updates: optax.Updates,
     max_norm: Numeric | None,
     *,
     use_norm: Numeric | None = None,
-    ord: Numeric = 2,
+    ord: float | None = None,
     nonfinite: NonFinite = "nan",
     axis_name: AxisName = None,
 ) -> tuple[optax.Updates, jax.Array]:
@@ -127,32 +125,25 @@ def clip_updates(
     threshold = None if max_norm is None else as_scalar("max_norm", max_norm)
     order = as_ord(ord)
     leaves, join = split_updates(updates, axis_name)
-    arrays, clip = _clip_updates(
-        leaves,
-        norm_given(leaves, use_norm, order),
-        threshold,
-        formula_of(order),
-        nonfinite,
-    )
+    norm = given_norm(leaves, use_norm)
+    arrays, clip = _clip_updates(leaves, norm, threshold, order, nonfinite)
     check_finite(clip, nonfinite)
     return join(arrays), clip.norm
 
 
 # One call outside ``jit``.
-@functools.partial(jax.jit, static_argnames="nonfinite")
-def _clip_updates(leaves, norm, threshold, formula, nonfinite):
-    norm = measure(leaves, formula) if norm is None else norm
+@functools.partial(jax.jit, static_argnames=("ord", "nonfinite"))
+def _clip_updates(leaves, norm, threshold, ord, nonfinite):
+    norm = measure(leaves, ord) if norm is None else norm
     return clip_leaves(leaves, norm, threshold, nonfinite)
 
 
-def norm_given(leaves: Sequence[Leaf], use_norm: Any, ord: Scalar) -> GlobalNorm | None:
-    """The norm that the user or a transformation around has given, if one has."""
+def given_norm(leaves: Sequence[Leaf], use_norm: Any) -> GlobalNorm | None:
+    """The norm that the user has given, if any."""
     if use_norm is None:
-        return found(leaves, ord)
+        return None
     use_norm = as_scalar("use_norm", use_norm, nan_allowed=True)
-    return GlobalNorm.given(
-        use_norm, accumulator_dtype([leaf.array for leaf in leaves])
-    )
+    return GlobalNorm.of(use_norm, accumulator_dtype([leaf.array for leaf in leaves]))
 
 
 def clip_leaves(
@@ -160,12 +151,27 @@ def clip_leaves(
     norm: GlobalNorm,
     threshold: Scalar | None,
     nonfinite: NonFinite,
+    precision: jnp.dtype | None = None,
 ) -> tuple[list[Any], Clip]:
-    """Scales the leaves so that their norm is at most the threshold."""
+    """Scales the leaves so that their norm is at most the threshold.
+
+    Norm and threshold are compared in ``precision``, by default that of the norm.
+    """
+    found = norm.norm.astype(precision)
+    finite = jnp.isfinite(norm.value)
     arrays = [leaf.array for leaf in leaves]
     if threshold is None:
-        return arrays, _unclipped(norm)
-    values, clip = _clip(list(map(values_of, arrays)), norm, threshold, nonfinite)
+        none, one = jnp.full_like(found, math.inf), jnp.ones_like(found)
+        return arrays, Clip(found, none, one, jnp.zeros_like(finite), finite)
+    threshold = jnp.maximum(jnp.asarray(threshold, found.dtype), 0)
+    within = finite & (found <= threshold)
+    zero = ~finite if nonfinite == "zero" else None
+    limit = threshold.astype(norm.value.dtype)
+    with jax.named_scope("clip_by_global_norm"):
+        values = list(map(values_of, arrays))
+        values = _scaled(values, limit, norm, within, zero)
+        scale = _reported(limit, norm, within, zero)
+    clip = Clip(found, threshold, scale, finite & ~within, finite)
     return list(map(with_values, arrays, values)), clip
 
 
@@ -182,43 +188,18 @@ def check_finite(clip: Clip, nonfinite: NonFinite) -> None:
         )
 
 
-@jax.jit
-def _unclipped(norm: GlobalNorm) -> Clip:
-    finite = jnp.isfinite(norm.value)
-    return Clip(
-        norm.norm,
-        threshold=jnp.full_like(norm.norm, math.inf),
-        scale=jnp.ones_like(norm.norm),
-        clipped=jnp.zeros_like(finite),
-        finite=finite,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="nonfinite")
-def _clip(values, norm, threshold, nonfinite):
-    """Judges in the precision of ``norm.norm``; scales in that of ``norm.value``."""
-    threshold = jnp.maximum(jnp.asarray(threshold, norm.norm.dtype), 0)
-    finite = jnp.isfinite(norm.value)
-    within = finite & (norm.norm <= threshold)
-    zero = ~finite if nonfinite == "zero" else None
-    clip_to = threshold.astype(norm.value.dtype)
-    with jax.named_scope("clip_by_global_norm"):
-        values, shift, scale = _scaled(values, clip_to, norm, within, zero)
-    return values, Clip(
-        norm.norm,
-        threshold,
-        _reported(shift * scale, threshold, zero),
-        finite & ~within,
-        finite,
-    )
-
-
 def _reported(
-    scale: jax.Array, threshold: jax.Array, zero: jax.Array | None
+    threshold: jax.Array,
+    norm: GlobalNorm,
+    within: jax.Array,
+    zero: jax.Array | None,
 ) -> jax.Array:
-    """The scale, raised to the smallest normal float unless the result is 0."""
+    """``threshold / norm``, raised to the smallest normal float unless it is 0."""
     least = jnp.where(threshold > 0, float(jnp.finfo(jnp.float32).tiny), 0)
-    scale = jnp.maximum(scale, least.astype(scale.dtype))
+    # A threshold of inf would make the derivative NaN.
+    scale = divide(jnp.where(within, 0, threshold), norm)
+    scale = scale + norm.value * 0  # NaN if the norm is inf.
+    scale = jnp.where(within, 1, jnp.maximum(scale, least.astype(scale.dtype)))
     return scale if zero is None else jnp.where(zero, 0, scale)
 
 
@@ -229,84 +210,54 @@ def _scaled(
     norm: GlobalNorm,
     within: jax.Array,
     zero: jax.Array | None,
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+) -> list[jax.Array]:
     """The values if ``within``, zeros if ``zero``, else times ``threshold / norm``.
 
     Multiplied in at least float32, and rounded once to the dtype of the values.
-
-    Returns:
-      The results, and the two factors whose product is ``threshold / norm``.
     """
-    shift, scale = _factors(threshold, norm, within)
-    return _products(values, shift, scale, zero), shift, scale
+    return _products(values, *_factors(threshold, norm, within), zero)
 
 
 @_scaled.defjvp
 def _scaled_jvp(primals, tangents):
     """With s = threshold/norm: s ẋ + x/norm · (threshold˙ - s norm˙)."""
-    values, _, norm, within, zero = primals
+    values, threshold, norm, within, zero = primals
     dots, threshold_dot, norm_dot, _, _ = tangents
-    scaled, shift, scale = _scaled(*primals)
-    # Where updates stay as they are, or become 0, so do their factors.
     fixed = within if zero is None else within | zero
-    norm = GlobalNorm(
-        norm.norm.astype(scale.dtype), *(jnp.where(fixed, 1, x) for x in norm[1:])
-    )
-    threshold_dot, norm_dot, *factors = (
-        jnp.where(fixed, 0, x.astype(scale.dtype))
-        for x in (threshold_dot, norm_dot.norm, shift, scale)
-    )
-    # Not the product of the factors, which may be subnormal.
-    moved = threshold_dot - norm_dot * factors[0] * factors[1]
-    slope = divide(moved, norm) / jax.lax.stop_gradient(shift)
-    kept_scale = scale if zero is None else jnp.where(zero, 0, scale)
+    norm = GlobalNorm(*(jnp.where(fixed, 1, x) for x in norm))
+    shift, scale = _factors(threshold, norm, within)
+    # Not by the product of the factors, which may be subnormal.
+    slope = threshold_dot - norm_dot.value * norm.unit * shift * scale
+    slope = jnp.where(fixed, 0, slope)
 
     def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:
         to = wide(x, scale.dtype)
-        factors = (factor_of(x, f.astype(to)) for f in (shift, kept_scale, moved))
-        shift_, scale_, moved_ = factors
         if zero is not None:
-            x, dot = jnp.where(zero, 0, x), jnp.where(zero, 0, dot)
-        turned = divide(x.astype(to), norm) * moved_
+            x, dot = (jnp.where(zero, jnp.zeros_like(y), y) for y in (x, dot))
+        factors = (factor_of(x, f.astype(to)) for f in (shift, scale, slope))
+        shift_, scale_, slope_ = factors
+        turned = divide(x.astype(to), norm) * slope_
         return (dot.astype(to) * shift_ * scale_ + turned).astype(x.dtype)
 
-    dots = list(map(tangent, values, dots))
-    return (scaled, shift, scale), (dots, jnp.zeros_like(shift), slope)
+    return _scaled(*primals), list(map(tangent, values, dots))
 
 
 def _factors(
     threshold: jax.Array, norm: GlobalNorm, within: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """``threshold / norm`` as a product of two floats, both 1 if ``within``.
+    """``threshold / norm`` as a product of two normal floats; both 1 if ``within``.
 
-    The first is 1, unless the quotient is subnormal, which would be imprecise on GPU
-    and zero elsewhere. Both end in a division, because XLA on CPU would compute cheaper
-    factors again in the kernel of every leaf.
+    The first is 1, unless the quotient is subnormal, or nearly so, which would be
+    imprecise on GPU and zero elsewhere.
     """
-    finite = jnp.isfinite(norm.value)
-    value = jnp.where(within, 1, jnp.where(finite, norm.value, math.nan))
-    unit = jnp.where(within, 1, norm.unit)
-    # Every NaN as the canonical one, because ``_cpu.product`` rounds its bits.
-    threshold = jnp.where(jnp.isnan(threshold), math.nan, threshold)
-    threshold = jnp.where(within, 1, threshold)
-    tiny = float(jnp.finfo(threshold.dtype).tiny)
-    # Above ``tiny``, so that the second factor cannot be 1, which means "keep".
-    least = 4 * tiny
-    whole = value * unit
-    too_large = finite & (whole == math.inf)
-    dividend = jnp.where(too_large, threshold * (1 / unit), threshold)
-    divisor = jnp.where(too_large, value, whole)
-    split = (dividend / divisor < tiny) & (threshold > 0)
-    dividend = jnp.where(split, threshold, dividend)
-    divisor = jnp.where(split, value * (unit * least), divisor)
-    shift = 1 / jnp.where(split, 1 / least, 1).astype(threshold.dtype)
-    return shift, dividend / divisor
-
-
-def kept_or_zero(values: list[jax.Array], keep: jax.Array) -> list[jax.Array]:
-    """The values if ``keep``, else zeros."""
-    one = jnp.ones((), accumulator_dtype(values))
-    return _products(values, one, one, ~keep)
+    value = jnp.where(norm.value == 0, 1, norm.value)
+    step = 2.0 ** (int(jnp.finfo(value.dtype).maxexp) - 4)
+    up = step / norm.unit
+    small = threshold * up < value
+    scale = jnp.where(small, threshold * up / value, threshold / value / norm.unit)
+    scale = scale + value * 0  # NaN if the norm is inf.
+    shift = jnp.where(small, 1 / step, 1).astype(scale.dtype)
+    return jnp.where(within, 1, shift), jnp.where(within, 1, scale)
 
 
 def _products(values, *factors):
@@ -315,7 +266,7 @@ def _products(values, *factors):
     def product_on_cpu(value, shift, scale, zero):
         if _cpu.can_multiply(value, scale):
             return _cpu.product(value, shift, scale, zero)
-        return _product(value, shift, scale, zero, by_entry=False)
+        return _product(value, shift, scale, zero)
 
     def each(product):
         return lambda values, *factors: [product(x, *factors) for x in values]
@@ -328,19 +279,13 @@ def _products(values, *factors):
 
 
 # Traced once for leaves of one type.
-@functools.partial(jax.jit, static_argnames="by_entry")
-def _product(value, shift, scale, zero, by_entry=True):
+@jax.jit
+def _product(value, shift, scale, zero):
     """The value if ``scale`` is 1, zeros if ``zero``, else times both factors."""
     to = wide(value, scale.dtype)
     shift_, scale_ = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
-    entries = value.astype(to)
-    product = (entries * shift_ * scale_).astype(value.dtype)
+    product = (value.astype(to) * shift_ * scale_).astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
-    kept = scale == 1
-    if by_entry and not is_marked(value) and not jnp.iscomplexobj(value):
-        # Found for each entry. A scalar would be one more operand of each kernel, which
-        # costs cycles on a TPU (benchmarks/README.md). NaN stays NaN in any case.
-        kept = jnp.where(jnp.isnan(entries), 1, scale) == 1
-    product = jax.lax.select(kept, value, product)
-    return product if zero is None else jnp.where(zero, 0, product)
+    product = jax.lax.select(scale == 1, value, product)
+    return product if zero is None else jnp.where(zero, jnp.zeros_like(product), product)

@@ -1,16 +1,17 @@
-"""What XLA on CPU needs in place of the formulas of ``_norm`` and ``_clip``.
+"""What XLA on CPU needs in place of the formulas of ``_reduce`` and ``_clip``.
 
 XLA on CPU fuses little into a reduction, computes bfloat16 in float32, and takes
-subnormal entries as zero. This module works around that:
+subnormal entries as zero. This module works around that, for leaves on one device:
 
-* The three sums are one sum, and a second one behind a branch.
+* The two sums are one plain sum, and another behind a branch. Every normal norm is
+  right.
 * A sum of what XLA does not fuse is a loop over chunks.
 * Small leaves are packed and padded.
 * bfloat16 is rounded by integers.
 
-Nothing of this is lowered for other platforms. Without this module every result is
-right but slower, and subnormal entries count as zero on CPU. ``benchmarks/README.md``
-has the figures. The workarounds wait for these issues:
+Nothing of this is lowered for other platforms. Without this module results are right
+too, but slower, and subnormal entries count as zero. ``benchmarks/README.md`` has the
+figures. The workarounds wait for these issues:
 
 * XLA on CPU materializes what a reduction reads:
   https://github.com/openxla/xla/issues/49131
@@ -22,57 +23,56 @@ has the figures. The workarounds wait for these issues:
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ._mesh import has_mesh
-from ._range import Range, add, fits, real_parts
-
-Values = Callable[[jax.Array], jax.Array]
+from ._reduce import ADDENDS, Range, add, fits, groups_of, real_parts
 
 # The dtypes whose squares XLA on CPU fuses into their sum.
 _FUSED = (jnp.float32, jnp.bfloat16, jnp.float64)
-# Leaves of at most so many entries are stacked, so many of them at a time.
+# Leaves of at most so many entries are stacked, so many of them at a time: XLA's time
+# to compile grows with the square of the operands of one operation.
 _SMALL, _PACK = 4096, 64
 # The most entries in a chunk of a leaf: 256 KB of float32 stay in the cache.
 _CHUNK = 65536
 # The most entries of a leaf that is read in chunks: they are found by int32 indices.
 _INDEXED = 2**31 - _CHUNK
-# How many arrays are added one by one: leaves of one type, chunks of one leaf.
-_ADDENDS = 16
 # XLA on CPU adds fewer floats than about 4,096 one after the other.
 _ADDED_IN_A_TREE = 8192
 
 
 def can_sum(array: jax.Array) -> bool:
-    """Whether ``three_sums`` takes the array: not on a mesh, no symbolic shape."""
+    """Whether ``root_of_squares`` takes the array: on no mesh, of no symbolic shape."""
     return not has_mesh(array) and all(isinstance(size, int) for size in array.shape)
 
 
-def three_sums(arrays: list[jax.Array], *, dtype: jnp.dtype) -> jax.Array:
-    """The sums of squares of entries shrunk, as they are, and grown; shape [3].
+def root_of_squares(
+    arrays: Sequence[jax.Array], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """The 2-norm of all entries, as ``value`` and ``unit``.
 
-    The second is computed. If it cannot be trusted, one of the others is computed too,
-    in a branch: XLA on CPU would read the entries once for each.
+    If the plain sum of squares cannot be trusted, that of scaled entries is computed
+    too, in a branch: XLA on CPU would read the entries once for each sum.
     """
-    limits, packed = Range.of(dtype), _Packed.of(arrays)
-    plain = _sum_of_squares(packed, dtype)
-    small, large = plain < limits.floor, ~(plain < math.inf)
-    scale = jnp.where(small, limits.grow, limits.shrink).astype(dtype)
-
-    def rescue() -> jax.Array:
-        return _sum_of_squares(packed, dtype, scale)
-
+    packs = [
+        jnp.stack(alike)
+        for alike in groups_of([x for x in arrays if _is_small(x)], jax.typeof, _PACK)
+    ]
+    large = groups_of([x for x in arrays if not _is_small(x)], jax.typeof, ADDENDS)
+    sum_of_squares = functools.partial(_sum_of_squares, packs, large, dtype)
+    plain = sum_of_squares(None)
     if all(fits(array.dtype, dtype) for array in arrays):
-        rescued = jnp.where(jnp.isfinite(plain), 0, plain)
-    else:
-        rescued = lax.cond(small | large, rescue, lambda: jnp.zeros_like(plain))
-    return jnp.stack(
-        [jnp.where(large, rescued, 0), plain, jnp.where(small, rescued, 0)]
-    )
+        return jnp.sqrt(plain), jnp.ones_like(plain)
+
+    limits, grow = Range.of(dtype), _grow(dtype)
+    tiny, huge = plain < limits.floor, ~(plain < math.inf)
+    scale = jnp.where(tiny, grow, limits.shrink).astype(dtype)
+    total = lax.cond(tiny | huge, sum_of_squares, lambda _: plain, scale)
+    value = jnp.sqrt(total) * jnp.where(tiny, 1 / grow, 1).astype(dtype)
+    return value, jnp.where(huge, 1 / limits.shrink, 1).astype(dtype)
 
 
 def can_multiply(array: jax.Array, factor: jax.Array) -> bool:
@@ -105,52 +105,31 @@ def product(
     return lax.bitcast_convert_type(rounded, jnp.bfloat16)
 
 
-class _Packed(NamedTuple):
-    """The leaves of a tree, with small ones of one type stacked.
-
-    Each reduction takes time to compile, and is a call at run time. Packs are no larger
-    because XLA's time grows with the square of the operands of one operation.
-
-    Attributes:
-      packs: stacked leaves.
-      large: the others, each as it was.
-    """
-
-    packs: list[jax.Array]
-    large: list[jax.Array]
-
-    @classmethod
-    def of(cls, leaves: Sequence[jax.Array]) -> "_Packed":
-        large = [leaf for leaf in leaves if leaf.size > _SMALL]
-        small = [leaf for leaf in leaves if leaf.size <= _SMALL]
-        packs = [
-            jnp.stack(alike[i : i + _PACK])
-            for alike in _by_type(small)
-            for i in range(0, len(alike), _PACK)
-        ]
-        return cls(packs, large)
+def _is_small(array: jax.Array) -> bool:
+    return array.size <= _SMALL
 
 
-def _by_type(leaves: Sequence[jax.Array]) -> list[list[jax.Array]]:
-    groups: dict[object, list[jax.Array]] = {}
-    for leaf in leaves:
-        groups.setdefault(jax.typeof(leaf), []).append(leaf)
-    return list(groups.values())
+def _grow(dtype: jnp.dtype) -> float:
+    """The smallest subnormal times this has a square that is normal."""
+    floor = math.log2(Range.of(dtype).floor)
+    return 2.0 ** ((int(jnp.finfo(dtype).maxexp) - 2 - floor) // 2)
 
 
 def _sum_of_squares(
-    leaves: _Packed, dtype: jnp.dtype, scale: jax.Array | None = None
+    packs: list[jax.Array],
+    large: list[list[jax.Array]],
+    dtype: jnp.dtype,
+    scale: jax.Array | None,
 ) -> jax.Array:
-    """The sum of squares of all entries, each times the scale."""
+    """The sum of squares of all entries, each times the scale if there is one."""
     squares = functools.partial(_squares, scale=scale, dtype=dtype)
-    sums = [_sum_entries(squares(pack)) for pack in leaves.packs]
-    for alike in _by_type(leaves.large):
-        first = alike[0]
-        if (scale is None and first.dtype in _FUSED) or first.size > _INDEXED:
+    sums = [_sum_entries(squares(pack)) for pack in packs]
+    for alike in large:
+        fused = scale is None and alike[0].dtype in _FUSED
+        if fused or alike[0].size > _INDEXED:
             sums += [_sum_entries(squares(leaf)) for leaf in alike]
         else:
-            for i in range(0, len(alike), _ADDENDS):
-                sums.append(_sum_in_chunks(alike[i : i + _ADDENDS], squares))
+            sums.append(_sum_in_chunks(alike, squares))
     return add(sums)
 
 
@@ -173,7 +152,7 @@ def _scaled_modulus(x: jax.Array, scale: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(x, f"uint{info.bits}")
     bits = bits & (2 ** (info.bits - 1) - 1)
     # Computed here, as the smallest subnormal would be zero there.
-    scaled_step = math.ldexp(Range.of(x.dtype).grow, int(info.minexp - info.nmant))
+    scaled_step = math.ldexp(_grow(x.dtype), int(info.minexp - info.nmant))
     step = jnp.where(scale > 1, scaled_step, 0).astype(x.dtype)
     subnormal = bits < 2**info.nmant
     return jnp.where(subnormal, bits.astype(x.dtype) * step, jnp.abs(x) * scale)
@@ -191,13 +170,15 @@ def _sum_entries(array: jax.Array) -> jax.Array:
     return jnp.sum(array)
 
 
-def _sum_in_chunks(leaves: list[jax.Array], values: Values) -> jax.Array:
+def _sum_in_chunks(
+    leaves: list[jax.Array], values: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """The sum of what XLA on CPU does not fuse into a sum, but materializes first.
 
     As a loop over chunks it is fused.
     """
     size = leaves[0].size
-    length = min(_CHUNK, size // _ADDENDS)
+    length = min(_CHUNK, size // ADDENDS)
     chunks = -(-size // length)
 
     def add_values(leaves: list[jax.Array]) -> jax.Array:
@@ -216,13 +197,13 @@ def _sum_in_chunks(leaves: list[jax.Array], values: Values) -> jax.Array:
 
     def block(i: jax.Array) -> jax.Array:
         # Few enough chunks that adding them one after the other costs no precision.
-        first = i * _ADDENDS
-        last = jnp.minimum(first + _ADDENDS, chunks)
+        first = i * ADDENDS
+        last = jnp.minimum(first + ADDENDS, chunks)
         return _sum_entries(
             lax.fori_loop(first, last, lambda j, sum_: sum_ + chunk(j), none)
         )
 
-    blocks = -(-chunks // _ADDENDS)
+    blocks = -(-chunks // ADDENDS)
     return _sum_entries(lax.map(block, jnp.arange(blocks)))
 
 

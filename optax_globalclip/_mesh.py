@@ -1,23 +1,18 @@
-"""Mesh axes: over which ones an array is sharded, as its type says; all-reduces.
+"""Mesh axes: over which ones an array is a shard, as its type says; all-reduces.
 
 In ``shard_map`` and ``pmap`` an array is one device's shard, and its type says over
-which manual axes it varies. If axes are explicit, the type has the sharding, and
-``on_shards`` enters ``shard_map``. If axes are auto, XLA alone knows the shardings, and
-reduces over devices by itself.
+which manual axes it varies. With auto or explicit axes it is the whole array, and XLA
+reduces it over devices by itself.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import jax
-import optax
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-Axes = tuple[str, ...]
-
-_Result = TypeVar("_Result")
+Axes: TypeAlias = tuple[str, ...]
 
 
 def varying_axes(array: Any) -> Axes:
@@ -43,53 +38,15 @@ def is_typed(name: str) -> bool:
         ) from None
 
 
-def on_shards(
-    measure: Callable[..., _Result], arrays: Sequence[jax.Array], *args: Any
-) -> _Result | None:
-    """``measure(arrays, axes, *args)`` in ``shard_map``, if all axes are explicit.
-
-    Otherwise None. In ``shard_map`` one all-reduce serves all arrays sharded over the
-    same axes. XLA would insert one for each array and axis.
-
-    Args:
-      measure: a function to scalars that are the same on every device.
-      arrays: arrays.
-      *args: trees of scalars.
-    """
-    shardings = [jax.typeof(array).sharding for array in arrays]
-    meshes = [sharding.mesh for sharding in shardings]
-    # Not if some axes are manual: JAX 0.10 orders the axes of residuals wrongly in the
-    # gradient of a nested shard_map: https://github.com/jax-ml/jax/pull/26588
-    mesh = next((m for m in meshes if set(m.axis_types) == {AxisType.Explicit}), None)
-    if mesh is None:
-        return None
-
-    unmarked = [sharding.spec.update(reduced=frozenset()) for sharding in shardings]
-    arrays = jax.sharding.reshard(
-        list(arrays), [NamedSharding(mesh, spec) for spec in unmarked]
-    )
-    return jax.shard_map(
-        lambda arrays, *args: measure(arrays, list(map(varying_axes, arrays)), *args),
-        mesh=mesh,
-        out_specs=PartitionSpec(),
-    )(arrays, *args)
-
-
-def is_marked(array: jax.Array) -> bool:
-    """Whether the array is marked as unreduced, or as reduced over explicit axes.
-
-    The sum of an unreduced array over devices is still pending. JAX permits few
-    operations on such arrays but products with scalars.
-    """
-    spec = jax.typeof(array).sharding.spec
-    explicit = spec.unreduced | spec.reduced
-    return bool(explicit or _manual_axes(array, "unreduced"))
-
-
 def reduced(array: jax.Array) -> jax.Array:
-    """The array, in manual mode, with that sum carried out."""
-    unreduced = _manual_axes(array, "unreduced")
-    return lax.psum(array, unreduced) if unreduced else array
+    """The array with its pending sum over devices carried out, and no such marks."""
+    if manual := _manual_axes(array, "unreduced"):
+        return lax.psum(array, manual)
+    spec = jax.typeof(array).sharding.spec
+    if spec.unreduced | spec.reduced:
+        spec = spec.update(unreduced=frozenset(), reduced=frozenset())
+        return jax.sharding.reshard(array, spec)
+    return array
 
 
 def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
@@ -106,24 +63,31 @@ def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
     return scalar
 
 
-def replicated(params: optax.Params | None) -> NamedSharding | None:
-    """Every device of the mesh that the parameters lie on; None if on none so far."""
+def laid_out_like(array: jax.Array, other: jax.Array) -> jax.Array:
+    """The array with the sharding of another, if that has one over explicit axes."""
+    wanted = jax.typeof(other).sharding
+    if wanted.mesh.empty or jax.typeof(array).sharding == wanted:
+        return array
+    return jax.sharding.reshard(array, wanted)
+
+
+def placement(params: Any) -> jax.sharding.Sharding | None:
+    """Every device of the mesh that the parameters lie on, or their one device.
+
+    None if they are not committed to any.
+    """
     for leaf in jax.tree.leaves(params):
-        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-        if placed and isinstance(leaf.sharding, NamedSharding):
-            return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            if isinstance(leaf.sharding, NamedSharding):
+                return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            if leaf.committed and len(leaf.sharding.device_set) == 1:
+                return SingleDeviceSharding(*leaf.sharding.device_set)
     return None
 
 
 def has_mesh(array: jax.Array) -> bool:
     """Whether the array lies on a mesh, or is a shard of one that does."""
     return not jax.typeof(array).sharding.mesh.empty
-
-
-def on_tpu_mesh(array: jax.Array) -> bool:
-    """Whether the array lies on a mesh of TPUs, or is a shard of one that does."""
-    device = jax.typeof(array).sharding.mesh.abstract_device
-    return device is not None and device.device_kind.startswith("TPU")
 
 
 def is_local(array: jax.Array) -> bool:

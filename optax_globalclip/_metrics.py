@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._transform import TREES, ClipByGlobalNormState, SkipByGlobalNormState
+from ._skip import SkipByGlobalNormState
+from ._transform import TREES, ClipByGlobalNormState
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:

@@ -1,8 +1,8 @@
 """Thresholds: what the norm is clipped to, at each step."""
 
-import math
+import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,18 @@ from ._checks import (
     Scalar,
     as_scalar,
     check_count,
-    check_like,
-    check_number,
     check_pair,
+    check_same,
     check_static,
+    described,
+    is_array,
+    unwrapped,
 )
 
 # The longest span of moving averages that a change of level is waited for.
 _LONGEST_SPAN = 2000.0
 
-ThresholdState = Any  # A tree of arrays, which the threshold alone knows.
+ThresholdState: TypeAlias = Any  # A tree of arrays, which the threshold alone knows.
 
 
 class Threshold(NamedTuple):
@@ -66,20 +68,18 @@ class Threshold(NamedTuple):
 
 
 # Wider than optax.Schedule, in which a count cannot be compared with a number.
-Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
-MaxNorm = Numeric | Schedule | Threshold
+Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
+MaxNorm: TypeAlias = Numeric | Schedule | Threshold
 
 
 def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:
     """Checks ``max_norm``, and converts a number to a float."""
     if isinstance(max_norm, Threshold):
-        for name, function in max_norm._asdict().items():
-            if not callable(function):
-                raise TypeError(
-                    f"Threshold.{name}={function!r} is no function. Pass "
-                    "Threshold(init, update), with init() and "
-                    "update(norm, state, count)."
-                )
+        if not all(map(callable, max_norm)):
+            raise TypeError(
+                f"max_norm={max_norm!r} is no pair of functions. Pass "
+                "Threshold(init, update), with init() and update(norm, state, count)."
+            )
         return max_norm
     if max_norm is None or callable(max_norm):
         return max_norm
@@ -93,97 +93,70 @@ def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
     """
     if not isinstance(max_norm, Threshold):
         return None
-    state = max_norm.init()
-    _check_arrays("init", state)
-    return jax.tree.map(_copy, state) if jax.tree.leaves(state) else None
+    state = jax.tree.map(_copy, max_norm.init())
+    return state if jax.tree.leaves(state) else None
 
 
 def next_threshold(
     max_norm: MaxNorm | None, norm: Any, state: Any
-) -> tuple[Any, Numeric | None, ThresholdState]:
-    """The norm as it is to be judged, the threshold, and the threshold's new state.
-
-    A :class:`Threshold` works in float32, so its norm is judged in float32.
+) -> tuple[Scalar | None, ThresholdState]:
+    """The threshold, and its own new state.
 
     Args:
       max_norm: as for the transformations.
-      norm: the norm; None if it is not measured yet and ``max_norm`` is no Threshold.
+      norm: a GlobalNorm; not used if ``max_norm`` is no Threshold.
       state: the state of the transformation.
     """
-    count = state.num_updates
     if isinstance(max_norm, Threshold):
-        norm = norm._replace(norm=norm.norm.astype(jnp.float32))
-        own = state.threshold_state
-        own = own if jax.tree.leaves(own) else max_norm.init()
-        returned = max_norm.update(norm.norm, own, count)
-        check_pair("Threshold.update", returned, "Return (threshold, state).")
+        norm, own = norm.norm.astype(jnp.float32), state.threshold_state
+        own = own if jax.tree.leaves(own) else jax.tree.map(_copy, max_norm.init())
+        returned = max_norm.update(norm, own, state.num_updates)
+        check_pair("Threshold.update", returned)
         threshold, proposed = returned
-        new_state = admitted(norm.norm, _like(proposed, own), own)
-        kept = new_state if jax.tree.leaves(own) else None
-        return norm, _returned("Threshold.update", threshold), kept
-    if callable(max_norm):
-        return norm, _returned("The schedule max_norm", max_norm(count)), None
-    return norm, max_norm, None
+        check_same("Threshold.update", proposed, own, dtypes=True)
+        kept = admitted(norm, proposed, own) if jax.tree.leaves(own) else None
+        return as_scalar("the threshold of Threshold.update", threshold), kept
+    if not callable(max_norm):
+        return max_norm, None
+    threshold = max_norm(state.num_updates)
+    if isinstance(threshold, Threshold):
+        raise TypeError(
+            "The schedule max_norm returned a Threshold, so it is a function that "
+            "makes one. Pass what it returns, such as max_norm=zscore_threshold()."
+        )
+    return as_scalar("the value of the schedule max_norm", threshold), None
 
 
 def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
     """The state proposed if the norm is finite, else the state as it was."""
     finite = jnp.isfinite(norm)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+
+    def new_or_old(new: Any, old: Any) -> jax.Array:
+        old = jnp.asarray(old)
+        return jnp.where(finite, jnp.asarray(new, old.dtype), old)
+
+    return jax.tree.map(new_or_old, proposed, state)
 
 
-def _copy(leaf: Any) -> jax.Array:
-    # By NumPy if it can be: ``jax_debug_infs`` objects to an inf that JAX computes.
-    asarray = jnp.asarray if isinstance(leaf, jax.Array) else np.asarray
-    return jax.device_put(asarray(leaf, jnp.result_type(leaf)), may_alias=False)
+def _copy(leaf: Any) -> Any:
+    """The leaf as an array of its own; Python numbers as float32 and int32.
 
-
-def _check_arrays(function: str, state: ThresholdState) -> None:
-    """Raises if a leaf of the threshold's state is no array and no number."""
-    known = jax.Array | np.ndarray | np.generic | int | float | complex
-    for path, leaf in jax.tree.leaves_with_path(state):
-        is_known = isinstance(leaf, known) or hasattr(leaf, "__jax_array__")
-        # Objects, strings (S, U) and dates (m, M), of which JAX has no arrays.
-        kind = getattr(getattr(leaf, "dtype", None), "kind", "f")
-        if not is_known or kind in "OSUmM":
-            raise TypeError(
-                f"Threshold.{function} returned state{jax.tree_util.keystr(path)} of "
-                f"type {type(leaf).__name__}. Return a tree of arrays and numbers."
-            )
-
-
-def _returned(who: str, threshold: Any) -> Scalar:
-    if threshold is None:
+    NumPy's, if it can be: ``jax_debug_infs`` objects to an inf that JAX computes, and
+    an array of NumPy lies on no device yet.
+    """
+    if not is_array(leaf):
         raise TypeError(
-            f"{who} returned None as the threshold. Return a real scalar, or math.inf "
-            "never to clip."
+            f"Threshold.init returned {described(leaf)}. Return a tree of arrays."
         )
-    if isinstance(threshold, Threshold):
-        raise TypeError(
-            f"{who} returned a Threshold, so it is a function that makes one. Pass "
-            "what it returns, such as max_norm=zscore_threshold()."
-        )
-    return as_scalar("the threshold", threshold)
+    leaf = unwrapped(leaf)
+    if isinstance(leaf, jax.Array):
+        return jnp.array(leaf, copy=True)
+    dtype = jnp.result_type(leaf)
+    # Those of Python numbers do not depend on ``jax_enable_x64``.
+    return np.array(leaf, dtype if hasattr(leaf, "dtype") else _NARROW[dtype.kind])
 
 
-def _like(proposed: ThresholdState, state: ThresholdState) -> ThresholdState:
-    """The state proposed, checked to be of the structure, shapes and dtypes before."""
-
-    def leaf_like(path: tuple[Any, ...], new: Any, old: Any) -> jax.Array:
-        weak = not hasattr(new, "dtype") or getattr(new, "weak_type", False)
-        new, old = jnp.asarray(new), jnp.asarray(old)
-        if new.dtype != old.dtype and not weak:
-            raise TypeError(
-                f"Threshold.update returned state{jax.tree_util.keystr(path)} of "
-                f"{new.dtype} for one of {old.dtype}. Return it "
-                f".astype({str(old.dtype)!r}), or have init return {new.dtype}."
-            )
-        return jnp.asarray(new, old.dtype)
-
-    _check_arrays("update", proposed)
-    remedy = "Return the structure and the shapes that init returns."
-    check_like("Threshold.update", "state", proposed, state, remedy)
-    return jax.tree.map_with_path(leaf_like, proposed, state)
+_NARROW = {"b": np.bool_, "i": np.int32, "f": np.float32, "c": np.complex64}
 
 
 class ZScoreState(NamedTuple):
@@ -295,14 +268,14 @@ def zscore_threshold(
       <https://arxiv.org/abs/2504.02507>`_, 2025; Page, `Continuous inspection schemes
       <https://doi.org/10.1093/biomet/41.1-2.100>`_, 1954, on cumulative sums
     """
-    check_number("z", z, 0, math.inf)
-    check_number("decay", decay, 0, 1)
-    check_count("warmup_steps", warmup_steps, at_least=0)
+    as_scalar("z", z, 0, sys.float_info.max)
+    as_scalar("decay", decay, 0, 1)
+    warmup_steps = check_count("warmup_steps", warmup_steps, 0)
     # Subtracted here: in float64, if it is a Python number.
     weight = 1 - decay
 
     def init() -> ZScoreState:
-        return ZScoreState(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
+        return ZScoreState(*np.zeros(2, np.float32), np.int32(0), np.float32(0))
 
     def update(
         norm: jax.Array, state: ZScoreState, count: jax.Array
@@ -315,13 +288,15 @@ def zscore_threshold(
 
 
 @jax.jit
-def _zscore_step(norm, state, z, weight, warmup_steps):
+def _zscore_step(measured, state, z, weight, warmup_steps):
     z, weight = jnp.asarray(z, jnp.float32), jnp.asarray(weight, jnp.float32)
-    span = jnp.minimum(2 / weight, _LONGEST_SPAN)
+    span = 2 / jnp.maximum(weight, 2 / _LONGEST_SPAN)
     mean, std = state.norm_mean, state.norm_std
+    # One that is not finite is not admitted in the end.
+    norm = jnp.where(jnp.isfinite(measured), measured, mean)
     margin = z * std
     judged = state.num_norms >= warmup_steps
-    above = judged & jnp.isfinite(norm) & (norm > mean + margin)
+    above = judged & (norm > mean + margin)
     spike = above & (std > 0)
     # The ratio, as the square of the margin overflows for norms of 1e20.
     share = jnp.where(spike, margin / jnp.where(spike, norm - mean, 1), 1)
@@ -335,7 +310,7 @@ def _zscore_step(norm, state, z, weight, warmup_steps):
     weight = jnp.where(warming_up, 1 / num_norms.astype(jnp.float32), weight)
     kept = jnp.where(warming_up, 1 - weight, (1 - weight) ** 2)
     deviation = jnp.minimum(norm, threshold) - mean
-    less = jnp.maximum(state.spike_sum - 1 / z**2, 0)
+    less = jnp.maximum(state.spike_sum - 1 / jnp.maximum(z, 1e-9) ** 2, 0)
     proposed = ZScoreState(
         mean + weight * deviation,
         _moved_std(std, deviation, weight, kept),
@@ -344,7 +319,7 @@ def _zscore_step(norm, state, z, weight, warmup_steps):
     )
     restart = proposed.spike_sum >= warmup_steps + span
     new_state = jax.tree.map(lambda new: jnp.where(restart, 0, new), proposed)
-    return threshold, admitted(norm, new_state, state)
+    return threshold, admitted(measured, new_state, state)
 
 
 def _moved_std(std, deviation, weight, kept):
@@ -401,18 +376,16 @@ def quantile_threshold(
       Networks <https://arxiv.org/abs/2007.14469>`_, 2020
     """
     check_static("q", q)
-    check_number("q", q, 0, 1)
-    check_count("window", window, at_least=1)
-    check_count("warmup_steps", warmup_steps, at_least=0)
+    as_scalar("q", q, 0, 1)
+    window = check_count("window", window, 1)
+    warmup_steps = check_count("warmup_steps", warmup_steps, 0)
     # Where the quantile of 1, 2, ... sorted norms lies. In float64, here and not in
     # the update: between 1 and a spike of 1e6 a float32 position is 4 off.
     below, share = np.divmod(float(q) * np.arange(window), 1)
     below, share = below.astype(np.int32), share.astype(np.float32)
 
     def init() -> QuantileState:
-        # From NumPy, because ``jax_debug_infs`` objects to an inf that is computed.
-        none = jax.device_put(np.full(window, np.inf, np.float32))
-        return QuantileState(none, jnp.int32(0))
+        return QuantileState(np.full(window, np.inf, np.float32), np.int32(0))
 
     def update(
         norm: jax.Array, state: QuantileState, count: jax.Array
@@ -440,6 +413,8 @@ def _quantile_step(norm, state, below, share, warmup_steps):
     new_state = admitted(norm, proposed, state)
     last = jnp.clip(new_state.num_norms, 1, below.size) - 1
     ascending = jnp.sort(new_state.recent_norms)
+    # Those that are not there yet are inf, and inf - inf is NaN.
+    ascending = jnp.where(jnp.isfinite(ascending), ascending, 0)
     low = below[last]
     lower, upper = ascending[low], ascending[jnp.minimum(low + 1, last)]
     quantile = lower + share[last] * (upper - lower)

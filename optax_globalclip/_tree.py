@@ -4,28 +4,19 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ._checks import unwrapped
-from ._errors import type_of
+from ._checks import described, unwrapped
 from ._mesh import Axes, is_typed, varying_axes
-from ._range import wide
+from ._reduce import wide
 
-AxisName = str | Axes | Iterable[Any] | None  # The third is a tree prefix.
-Path = tuple[Any, ...]
-
-_NO_NORM = (
-    "but a global norm takes float or complex arrays. Leave such leaves out with "
-    "optax.masked or optax.partition, or put None in their place."
-)
-_WHAT_TO_PASS = (
-    "Pass a name, a tuple of names, or a tree prefix of the updates with one of them "
-    "for each leaf; () says that every device holds the whole leaf."
-)
+# The third is a tree prefix.
+AxisName: TypeAlias = str | Axes | Iterable[Any] | None
 
 
 @jax.tree_util.register_dataclass
@@ -67,21 +58,19 @@ def split_updates(
     """
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
     arrays = [_as_array(updates, i, leaf) for i, leaf in enumerate(leaves)]
-    counted = [i for i, array in enumerate(arrays) if array is not None]
-    if len(counted) < len(leaves):
-        leaves = list(map(unwrapped, leaves))  # Float0 leaves stay, but as arrays.
-    axes = [varying_axes(values_of(arrays[i])) for i in counted]
-    if axis_name is not None:
-        paths = _paths(updates)
-        axes = _named_axes(axis_name, [paths[i] for i in counted], axes)
+    if axis_name is None:
+        axes = [varying_axes(values_of(array)) for array in arrays]
+    else:
+        axes = _named_axes(axis_name, updates, arrays)
+    counted = [i for i, array in enumerate(arrays) if not is_float0(array)]
 
-    def join(arrays: Sequence[Any]) -> optax.Updates:
-        joined = list(leaves)
-        for i, array in zip(counted, arrays, strict=True):
+    def join(new_arrays: Sequence[Any]) -> optax.Updates:
+        joined = list(arrays)
+        for i, array in zip(counted, new_arrays, strict=True):
             joined[i] = array
         return treedef.unflatten(joined)
 
-    return [Leaf(arrays[i], own) for i, own in zip(counted, axes, strict=True)], join
+    return [Leaf(arrays[i], axes[i]) for i in counted], join
 
 
 def accumulator_dtype(arrays: Sequence[Any]) -> jnp.dtype:
@@ -154,7 +143,7 @@ def is_sparse(leaf: object) -> bool:
 
 
 def _as_array(updates: optax.Updates, place: int, leaf: Any) -> Any:
-    """The leaf as an array, strongly typed if it was a scalar; None if it is float0.
+    """The leaf as an array, strongly typed if it was a scalar.
 
     Raises:
       TypeError: if it has no norm, naming its path: ``place`` is its number.
@@ -164,94 +153,82 @@ def _as_array(updates: optax.Updates, place: int, leaf: Any) -> Any:
         return leaf
     leaf = unwrapped(leaf)
     if is_float0(leaf):
-        return None
-    if fault := _fault(leaf):
-        where = jax.tree_util.keystr(_paths(updates)[place])
-        raise TypeError(f"updates{where} is {fault}")
+        return leaf
+    if remedy := _remedy(leaf):
+        path, _ = jax.tree.leaves_with_path(updates, is_leaf=is_sparse)[place]
+        raise TypeError(
+            f"updates{jax.tree_util.keystr(path)} is {described(leaf)}, but a global "
+            f"norm takes float or complex arrays. {remedy}"
+        )
     if isinstance(leaf, jax.Array) or is_sparse(leaf):
         return leaf
     return jnp.asarray(leaf, dtype=jnp.result_type(leaf))
 
 
-def _fault(leaf: Any) -> str | None:
-    """What the leaf is if it has no norm, and what to pass instead; else None."""
-    name = type(leaf).__name__
+def _remedy(leaf: Any) -> str | None:
+    """What to pass instead of a leaf without a norm; None if it has one."""
     if isinstance(leaf, float | complex):
         return None
-    if isinstance(leaf, type) or not hasattr(leaf, "dtype"):
-        return f"{leaf!r}, of type {name}, {_NO_NORM}"
-    # The other formats of sparse matrices have no batch dimensions.
     if is_sparse(leaf) and not hasattr(leaf, "n_batch"):
-        return (
-            f"a {name}, but sparse leaves are BCOO or BCSR. "
-            "Pass jax.experimental.sparse.BCOO.fromdense of its todense()."
-        )
+        return "Pass a BCOO or BCSR matrix, which CSR, CSC and COO convert to."
+    if isinstance(leaf, np.ndarray) and type(leaf) not in (np.ndarray, np.memmap):
+        # Its meaning may not be in its buffer alone, as that of a masked array.
+        return "Pass numpy.asarray of it, or .filled(0) of a masked array."
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return (
-            f"{type_of(leaf)}, but abstract: it has no entries. Pass it through "
-            "jax.eval_shape of this function."
-        )
+        return "Pass an abstract array through jax.eval_shape of this function."
+    if isinstance(leaf, Iterable) and not hasattr(leaf, "dtype"):
+        return "Pass list(...) of an iterator, or a pytree of its arrays."
+    dtype = getattr(leaf, "dtype", None)
     try:
-        inexact = _is_inexact(leaf.dtype)
+        known = not isinstance(leaf, type) and _is_inexact(dtype)
     except TypeError:  # The dtype of another framework.
-        return (
-            f"{type_of(leaf)}, a {type(leaf).__module__}.{name}, but a global norm "
-            "takes arrays of JAX or NumPy. Pass jax.dlpack.from_dlpack of it."
-        )
-    if not inexact:
-        return f"{type_of(leaf)}, {_NO_NORM}"
-    if jnp.finfo(leaf.dtype).bits > 64:  # A long double.
-        return (
-            f"{type_of(leaf)}, which JAX has no arrays of. Pass it .astype of "
-            "numpy.float64 or numpy.complex128."
-        )
+        return "Pass jax.dlpack.from_dlpack of an array of another framework."
+    if not known:
+        return "Leave it out with optax.masked, or put None in its place."
+    if jnp.finfo(dtype).bits > 64 or not dtype.isnative:
+        return "JAX has no such arrays: pass .astype of a native dtype of 64 bits."
     return None
 
 
 @functools.cache
 def _is_inexact(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.inexact)
-
-
-def _paths(updates: optax.Updates) -> list[Path]:
-    leaves = jax.tree.leaves_with_path(updates, is_leaf=is_sparse)
-    return [path for path, _ in leaves]
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _named_axes(
-    axis_name: AxisName, paths: list[Path], varying: list[Axes]
+    axis_name: AxisName, updates: optax.Updates, arrays: Sequence[Any]
 ) -> list[Axes]:
-    """The names given for each path, less typed axes that its leaf does not vary on."""
-    given = {
-        path: _as_axes(path, names)
-        for path, names in jax.tree.leaves_with_path(axis_name, is_leaf=_is_names)
-    }
-    named: list[Axes] = []
-    for path in paths:
-        prefixes = [path[:i] for i in range(len(path) + 1) if path[:i] in given]
-        if not prefixes:
-            raise ValueError(
-                f"axis_name={axis_name!r} has no names for "
-                f"updates{jax.tree_util.keystr(path)}. {_WHAT_TO_PASS}"
-            )
-        named.append(given[prefixes[0]])
-    typed = {name: is_typed(name) for names in named for name in names}
+    """The names given for each leaf, less typed axes that it does not vary on."""
+    skeleton = jax.tree.map(lambda _: 0, updates, is_leaf=is_sparse)
+    try:
+        tree = jax.tree.broadcast(axis_name, skeleton, is_leaf=_is_names)
+        names = [_as_axes(x) for x in jax.tree.structure(skeleton).flatten_up_to(tree)]
+    except ValueError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is no tree prefix of the updates. Pass a name, a "
+            "tuple of names, or a tree prefix of the updates with one of them for each "
+            "leaf; () says that every device holds the whole leaf."
+        ) from error
+    typed = {name: is_typed(name) for own in names for name in own}
     # A sum over an axis that a leaf does not vary over would count it repeatedly.
     return [
-        tuple(name for name in names if not typed[name] or name in own)
-        for names, own in zip(named, varying, strict=True)
+        tuple(
+            name
+            for name in own
+            if not typed[name] or name in varying_axes(values_of(array))
+        )
+        for own, array in zip(names, arrays, strict=True)
     ]
 
 
-def _is_names(node: object) -> TypeGuard[str | Axes | None]:
-    if isinstance(node, tuple):
+def _is_names(node: object) -> bool:
+    """Whether the node is a name, a plain tuple of names, or None."""
+    if type(node) is tuple:
         return all(isinstance(name, str) for name in node)
     return node is None or isinstance(node, str)
 
 
-def _as_axes(path: Path, names: object) -> Axes:
+def _as_axes(names: Any) -> Axes:
     if not _is_names(names):
-        raise ValueError(
-            f"axis_name{jax.tree_util.keystr(path)} is {names!r}. {_WHAT_TO_PASS}"
-        )
+        raise ValueError(f"{names!r} is no name and no tuple of names.")
     return (names,) if isinstance(names, str) else tuple(sorted(set(names or ())))

@@ -1,0 +1,138 @@
+"""Sums of squares of many arrays: in a range that floats can hold, in few kernels.
+
+In one read of the entries, and without a branch, two sums are accumulated,
+
+    Σ (xᵢ · shrink)²  and  Σ (xᵢ · grow)²,
+
+of which at least one neither overflows nor underflows. As the parts of one complex sum
+they are one reduction to XLA, so a GPU needs no more kernels than for a plain sum.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._mesh import is_local
+
+# The most entries that the ranges below allow for, as a power of two.
+_ENTRIES = 40
+# The most arrays of one type that are added entry by entry before they are reduced.
+# Each reduction is a kernel, and each addend one of its operands.
+ADDENDS = 16
+
+
+class Range(NamedTuple):
+    """Powers of two for the sums of squares in an accumulator's dtype.
+
+    Attributes:
+      floor: the least sum that is trusted. If a tree has at most 2**40 entries, the
+        squares that underflowed change such a sum by less than its rounding.
+      shrink: a sum of squares of entries times this does not overflow.
+      grow: a sum of squares of entries times this is trusted up to where that of the
+        shrunk entries begins to be.
+    """
+
+    floor: float
+    shrink: float
+    grow: float
+
+    @classmethod
+    def of(cls, dtype: jnp.dtype) -> "Range":
+        """The range of float32 or float64."""
+        info = jnp.finfo(dtype)
+        floor = int(info.minexp) + int(info.nmant) + _ENTRIES
+        return cls(
+            floor=2.0**floor,
+            shrink=2.0 ** -((int(info.maxexp) + _ENTRIES) // 2),
+            grow=2.0 ** ((-floor - _ENTRIES - 1) // 2),
+        )
+
+
+@functools.cache
+def fits(dtype: jnp.dtype, accumulator: jnp.dtype) -> bool:
+    """Whether sums of squares of a dtype can be trusted as they are, and grown."""
+    own, limits = jnp.finfo(dtype), Range.of(accumulator)
+    largest = 2 * int(own.maxexp) + _ENTRIES + 2 * math.log2(limits.grow)
+    smallest = 2 * (int(own.minexp) - int(own.nmant))
+    return (
+        largest < int(jnp.finfo(accumulator).maxexp)
+        and smallest >= math.log2(limits.floor)
+    )
+
+
+def root_of_squares(two_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The norm as ``value`` and ``unit``, from the sum that can be trusted."""
+    shrunk, grown = two_sums.real, two_sums.imag
+    limits = Range.of(grown.dtype)
+    in_range = grown < float(jnp.finfo(grown.dtype).max) / 2
+    value = jnp.where(in_range, jnp.sqrt(grown) / limits.grow, jnp.sqrt(shrunk))
+    return value, jnp.where(in_range, 1, 1 / limits.shrink).astype(value.dtype)
+
+
+def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """The sums of squares of the shrunk entries and of the grown, as one complex."""
+    zero = lax.optimization_barrier(jnp.zeros((), dtype))  # XLA does not see it.
+    groups = groups_of(arrays, lambda x: is_local(x) and jax.typeof(x), ADDENDS)
+    return add([_two_sums(group, zero) for group in groups])
+
+
+# Traced once for groups of one type.
+@jax.jit
+def _two_sums(alike: list[jax.Array], zero: jax.Array) -> jax.Array:
+    """``two_sums`` of arrays that can be added entry by entry on each device."""
+    dtype, limits = zero.dtype, Range.of(zero.dtype)
+    parts = [part for array in alike for part in real_parts(array, dtype)]
+    if fits(alike[0].dtype, dtype):
+        plain = jnp.sum(add([part * part for part in parts]))
+        # Where the shrunk sum is trusted, finite entries of this dtype are negligible.
+        shrunk = jnp.where(jnp.isfinite(plain), 0, plain)
+        return lax.complex(shrunk, plain * limits.grow**2)
+
+    def squares(factor: float) -> jax.Array:
+        # XLA makes ``(x * x) * (c * c)`` of ``(x * c) * (x * c)`` if x is a scalar,
+        # even if ``c * c`` underflows. It has no such rule for a sum. It rewrites other
+        # squares with overflows too: https://github.com/jax-ml/jax/issues/37919
+        return add([jnp.square(part * dtype.type(factor) + zero) for part in parts])
+
+    return jnp.sum(lax.complex(squares(limits.shrink), squares(limits.grow)))
+
+
+def groups_of(
+    arrays: Sequence[jax.Array], key: Callable[[jax.Array], Hashable], most: int
+) -> list[list[jax.Array]]:
+    """The arrays in groups of at most so many with one key; alone if that is False."""
+    groups: dict[Any, list[jax.Array]] = {}
+    for i, array in enumerate(arrays):
+        groups.setdefault(key(array) or i, []).append(array)
+    return [
+        group[i : i + most]
+        for group in groups.values()
+        for i in range(0, len(group), most)
+    ]
+
+
+def add(values: Sequence[jax.Array]) -> jax.Array:
+    """The sum, in halves, so that rounding grows with the logarithm of their number."""
+    if len(values) == 1:
+        return values[0]
+    middle = len(values) // 2
+    return add(values[:middle]) + add(values[middle:])
+
+
+def real_parts(array: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    """Real and imaginary part, or the real array itself, cast to ``dtype``."""
+    parts = (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
+    return tuple(part.astype(dtype) for part in parts)
+
+
+def wide(array: jax.Array, accumulator: jnp.dtype) -> jnp.dtype:
+    """The dtype to compute with an array in: the accumulator's, complex if it is."""
+    if not jnp.iscomplexobj(array):
+        return accumulator
+    double = accumulator == jnp.float64
+    return jnp.dtype(jnp.complex128 if double else jnp.complex64)

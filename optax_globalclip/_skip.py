@@ -1,0 +1,247 @@
+"""The skip around an optimizer, and its state."""
+
+import functools
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import optax
+
+from ._checks import as_ord, check_count, check_pair, check_same, described, is_array
+from ._clip import clip_leaves, given_norm
+from ._mesh import laid_out_like
+from ._norm import measure
+from ._threshold import MaxNorm, Threshold, ThresholdState, as_max_norm, next_threshold
+from ._transform import check_scalars, count_if, initial_fields
+from ._tree import AxisName, is_float0, is_sparse, split_updates, values_of, with_values
+
+
+class SkipByGlobalNormState(NamedTuple):
+    """State of :func:`skip_by_global_norm`: what the last update found and did.
+
+    Attributes:
+      global_norm: norm of the updates, float32 scalar; 0 at first.
+      threshold: the norm above which they are skipped, float32 scalar; inf at first,
+        and where ``max_norm`` is None.
+      num_updates: updates so far, skipped ones too, int32 scalar; saturates, as the
+        next two.
+      num_skipped: how many of them were skipped, int32 scalar.
+      num_consecutive_skips: how many of the latest in a row were skipped, int32
+        scalar; 0 if the last one was taken.
+      threshold_state: the threshold's own state; None if it keeps nothing.
+      inner_state: state of the inner transformation after the last update that was
+        not skipped.
+    """
+
+    global_norm: jax.Array
+    threshold: jax.Array
+    num_updates: jax.Array
+    num_skipped: jax.Array
+    num_consecutive_skips: jax.Array
+    threshold_state: ThresholdState
+    inner_state: optax.OptState
+
+
+def skip_by_global_norm(
+    inner: optax.GradientTransformation,
+    max_norm: MaxNorm | None = None,
+    *,
+    ord: float | None = None,
+    axis_name: AxisName = None,
+    max_consecutive_skips: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Skips every step with an inf or NaN entry, or a norm above a threshold.
+
+    For such a step the updates are zeros, and the state of ``inner`` stays as it was,
+    bit for bit, with all its moments and counters. For any other step, updates and
+    state are those of ``inner``. Wrap the whole optimizer, with the
+    learning rate and weight decay in it::
+
+        skip_by_global_norm(
+            optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)),
+            zscore_threshold(6.0),
+        )
+
+    A :func:`clip_by_global_norm` that comes first inside does not measure the norm a
+    second time. The update does not block Python and has no branch: ``inner`` always
+    runs, and its results are selected. So it can be vmapped, sharded and scanned over.
+
+    Args:
+      inner: the transformation to skip, such as a whole optimizer.
+      max_norm: the largest norm of a step to be taken: a number or scalar array, a
+        schedule (called with ``num_updates``, before it increments), a
+        :class:`Threshold`, or None to skip non-finite updates only.
+      ord: the order of the norm, a real number of at least 1 or ``inf``.
+      axis_name: as for :func:`global_norm`.
+      max_consecutive_skips: after so many skips in a row, a step above the threshold
+        is taken, so that a threshold too low cannot stall a run for ever. One that is
+        not finite is skipped all the same. None for no such limit.
+
+    Returns:
+      A transformation whose ``update(updates, state, params=None, *, use_norm=None)``
+      takes, as an extra argument, a scalar to use as the global norm. It and all
+      other extra arguments are handed on to ``inner``.
+
+    Raises:
+      TypeError: for an ``inner`` that is no transformation or a ``max_norm`` that is
+        none of these; from ``update``, for a leaf without a norm, by its path.
+      ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
+        ``ord`` less than 1, a ``max_consecutive_skips`` less than 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_globalclip import skip_by_global_norm
+      >>> tx = skip_by_global_norm(optax.adam(0.1), max_norm=10.0)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for grads in (jnp.ones(2), jnp.full(2, 99.0), jnp.full(2, jnp.nan)):
+      ...     updates, state = tx.update(grads, state, params)
+      >>> print(updates, state.num_skipped, optax.tree.get(state, "mu"))
+      [0. 0.] 2 [0.1 0.1]
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"inner={inner!r} is no gradient transformation. Pass the optimizer first: "
+            "skip_by_global_norm(optax.adam(1e-3), max_norm)."
+        )
+    run_inner = _with_extra_args(inner)
+    max_norm, order = as_max_norm(max_norm), as_ord(ord)
+    if max_consecutive_skips is not None:
+        check_count("max_consecutive_skips", max_consecutive_skips, 0)
+
+    def init_fn(params: optax.Params) -> SkipByGlobalNormState:
+        # The norm and the threshold.
+        fields = initial_fields([0, math.inf], max_norm, params)
+        return SkipByGlobalNormState(*fields, inner_state=inner.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SkipByGlobalNormState]:
+        if not isinstance(state, SkipByGlobalNormState):
+            state = _as_state(state, init_fn, updates if params is None else params)
+        check_scalars(state)
+        leaves, _ = split_updates(updates, axis_name)
+        norm, precision = given_norm(leaves, extra_args.get("use_norm")), None
+        if isinstance(max_norm, Threshold):
+            # A Threshold works in float32, so its norm is judged in float32.
+            norm, precision = norm or measure(leaves, order), jnp.float32
+        threshold, threshold_state = next_threshold(max_norm, norm, state)
+        own = state._replace(threshold_state=None, inner_state=None)
+        taken, own = _judge(
+            leaves, norm, threshold, own, order, precision, max_consecutive_skips
+        )
+        returned = run_inner(updates, state.inner_state, params, **extra_args)
+        _check_returned(returned, state.inner_state)
+        new_updates, inner_state = _select(taken, *returned, state.inner_state)
+        own = own._replace(threshold_state=threshold_state, inner_state=inner_state)
+        return new_updates, own
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_extra_args(inner: Any) -> Any:
+    """The inner update, which is passed extra arguments only if it takes any."""
+    takes_any = isinstance(inner, optax.GradientTransformationExtraArgs)
+    if not isinstance(inner, optax.GradientTransformation):
+        # Such as optax.MultiSteps, which is no transformation but has its methods.
+        parameters = inspect.signature(inner.update).parameters.values()
+        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    if takes_any:
+        return inner.update
+    return lambda updates, state, params, **_: inner.update(updates, state, params)
+
+
+def _as_state(state: Any, init: Any, params: Any) -> SkipByGlobalNormState:
+    """The state of a mapping with its fields; one before any update for no state.
+
+    Raises:
+      TypeError: for any other state, which would be lost.
+    """
+    if state is None or isinstance(state, optax.EmptyState):
+        return init(params)
+    fields = SkipByGlobalNormState._fields
+    if isinstance(state, Mapping) and set(state) == set(fields):
+        return _restored(state, init(params))
+    raise TypeError(
+        f"state is a {type(state).__name__}, but no SkipByGlobalNormState, so the "
+        "moments in it would be lost. For the state of the optimizer inside pass "
+        "tx.init(params)._replace(inner_state=state); None to begin anew."
+    )
+
+
+def _restored(node: Any, like: Any) -> Any:
+    """The node with tuples in place of mappings, where the other tree has them."""
+    if isinstance(like, tuple) and isinstance(node, Mapping):
+        names = getattr(like, "_fields", None) or map(str, range(len(like)))
+        parts = [
+            _restored(node.get(name), x) for name, x in zip(names, like, strict=True)
+        ]
+        return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
+    if isinstance(like, Mapping) and isinstance(node, Mapping):
+        return type(like)({key: _restored(node[key], x) for key, x in like.items()})
+    return node if jax.tree.leaves(like) else like
+
+
+@functools.partial(jax.jit, static_argnames=("ord", "precision"))
+def _judge(leaves, norm, threshold, state, ord, precision, max_consecutive_skips):
+    """Judges as a clip does, and measures unless a threshold needed the norm before."""
+    norm = measure(leaves, ord) if norm is None else norm
+    _, clip = clip_leaves([], norm, threshold, "nan", precision)
+    above = clip.clipped
+    if max_consecutive_skips is not None:
+        above &= state.num_consecutive_skips < max_consecutive_skips
+    taken = clip.finite & ~above
+    consecutive = count_if(True, state.num_consecutive_skips)
+    return taken, state._replace(
+        global_norm=clip.norm.astype(jnp.float32),
+        threshold=clip.threshold.astype(jnp.float32),
+        num_updates=count_if(True, state.num_updates),
+        num_skipped=count_if(~taken, state.num_skipped),
+        num_consecutive_skips=jnp.where(taken, 0, consecutive),
+    )
+
+
+@jax.jit
+def _select(taken, updates, new_state, state):
+    """Updates and new state if taken, else zeros and the state as it was."""
+
+    def update_or_zero(update: Any) -> Any:
+        values = values_of(update)
+        if is_float0(values):
+            return update
+        return with_values(update, jnp.where(taken, values, jnp.zeros_like(values)))
+
+    def new_or_old(new: Any, old: Any) -> jax.Array:
+        old = jnp.asarray(old)
+        new = jnp.asarray(new, old.dtype)
+        return jnp.where(taken, new, laid_out_like(old, new))
+
+    updates = jax.tree.map(update_or_zero, updates, is_leaf=is_sparse)
+    return updates, jax.tree.map(new_or_old, new_state, state)
+
+
+def _check_returned(returned: Any, state: Any) -> None:
+    """Raises if the inner update did not return updates and a state like before."""
+    check_pair("The inner update", returned)
+    updates, new_state = returned
+    if not all(map(is_array, jax.tree.leaves(updates))):
+        paths = jax.tree.leaves_with_path(updates)
+        path, leaf = next(pair for pair in paths if not is_array(pair[1]))
+        raise TypeError(
+            f"The inner update returned updates{jax.tree_util.keystr(path)}: "
+            f"{described(leaf)}. Return arrays."
+        )
+    check_same("The inner update", new_state, state, dtypes=False)
+
+
+jax.export.register_namedtuple_serialization(
+    SkipByGlobalNormState, serialized_name="optax_globalclip.SkipByGlobalNormState"
+)
