@@ -62,7 +62,11 @@ WINDOW = {"mean": NUMBER, "window": jnp.zeros(3)}
 # The call, the error, and what its message has in it, in whatever case.
 ROWS = [
     # What a schedule returns.
-    (lambda: update(clip(lambda count: None)), TypeError, "None return math.inf"),
+    (
+        lambda: update(clip(lambda count: None)),
+        TypeError,
+        "max_norm None pass math.inf",
+    ),
     (lambda: update(clip(zscore_threshold)), TypeError, "max_norm zscore_threshold()"),
     # The policy.
     (
@@ -92,7 +96,7 @@ ROWS = [
         ValueError,
         "axis_name 'b' 3 tuple",
     ),
-    (lambda: global_norm(GRADS, axis_name={"w": "x"}), ValueError, "axis_name 'b'"),
+    (lambda: global_norm(GRADS, axis_name={"w": "x"}), ValueError, "axis_name prefix"),
     (lambda: global_norm(GRADS, axis_name=["x", "y"]), ValueError, "axis_name"),
     (
         lambda: global_norm({"w": GRADS["w"]}, axis_name={"w": (), "typo": "x"}),
@@ -125,7 +129,7 @@ ROWS = [
         TypeError,
         "updates['w'] float32 eval_shape",
     ),
-    (lambda: global_norm([np.ones(2, np.longdouble)]), TypeError, "updates[0] float64"),
+    (lambda: global_norm([np.ones(2, np.longdouble)]), TypeError, "updates[0] .astype"),
     (
         lambda: global_norm({"w": np.ma.array([3.0, 4.0], mask=[True, False])}),
         TypeError,
@@ -157,7 +161,7 @@ ROWS = [
     (
         lambda: update(clip(1.0), state=jax.vmap(lambda _: STATE)(jnp.ones(3))),
         ValueError,
-        "global_norm (3,) vmap",
+        "state.global_norm [3] vmap",
     ),
     (
         lambda: kept(zscore_threshold(), quantile_threshold(0.5)),
@@ -180,12 +184,12 @@ ROWS = [
     (
         lambda: clip(Threshold(0.0, lambda norm, state, count: (norm, state))),
         TypeError,
-        "Threshold.init 0.0 function",
+        "max_norm init=0.0 function",
     ),
     (lambda: own(NUMBER, 1.0), TypeError, "Threshold.update float return"),
     (lambda: own(NUMBER, None), TypeError, "Threshold.update NoneType return"),
     (lambda: own(NUMBER, (1.0, 2.0, 3.0)), TypeError, "Threshold.update return"),
-    (lambda: own(NUMBER, (None, NUMBER)), TypeError, "threshold None return math.inf"),
+    (lambda: own(NUMBER, (None, NUMBER)), TypeError, "Threshold.update None pass"),
     (lambda: own("a", (1.0, "a")), TypeError, "Threshold.init str return"),
     (
         lambda: own({"mean": NUMBER}, (1.0, {"mean": "a"})),
@@ -193,7 +197,7 @@ ROWS = [
         "Threshold.update ['mean'] str return",
     ),
     # The arguments of the adaptive thresholds.
-    (lambda: zscore_threshold("a"), ValueError, "z= 'a' pass"),
+    (lambda: zscore_threshold("a"), TypeError, "z 'a' str pass"),
     (lambda: zscore_threshold(-1.0), ValueError, "z= -1.0 pass"),
     (lambda: zscore_threshold(math.inf), ValueError, "z= inf pass"),
     (lambda: zscore_threshold(decay=1.1), ValueError, "decay= 1.1 pass"),
@@ -201,7 +205,7 @@ ROWS = [
     (lambda: zscore_threshold(warmup_steps=-1), ValueError, "warmup_steps= -1 pass"),
     (lambda: zscore_threshold(warmup_steps=2.5), ValueError, "warmup_steps= 2.5 pass"),
     (lambda: zscore_threshold(warmup_steps=2**31), ValueError, "warmup_steps= pass"),
-    (lambda: quantile_threshold(None), ValueError, "q= None pass"),
+    (lambda: quantile_threshold(None), TypeError, "q None pass"),
     (lambda: quantile_threshold(90), ValueError, "q= 90 pass"),
     (lambda: quantile_threshold(0, window=0), ValueError, "window= 0 pass"),
     (
@@ -237,16 +241,16 @@ ROWS = [
     (
         lambda: skip(SGD, max_consecutive_skips=-1),
         ValueError,
-        "max_consecutive_skips -1 none",
+        "max_consecutive_skips=-1 pass",
     ),
     (
         lambda: skip(SGD, max_consecutive_skips=1.5),
         ValueError,
-        "max_consecutive_skips 1.5 none",
+        "max_consecutive_skips=1.5 pass",
     ),
-    (lambda: around((), GRADS), TypeError, "inner update dict (updates, state)"),
+    (lambda: around((), GRADS), TypeError, "inner update dict return pair"),
     (lambda: around((), ({"w": "a"}, ())), TypeError, "inner updates['w'] str array"),
-    (lambda: around("a", (GRADS, "a")), TypeError, "inner_state str array"),
+    (lambda: around("a", (GRADS, "a")), TypeError, "inner update state str array"),
     # Metrics.
     (lambda: metrics(clip(1.0)), TypeError, "opt_state transformation init"),
     (
@@ -272,9 +276,21 @@ def test_wrong_call_is_refused(call, error, words):
 
 # Of a threshold, and of the inner of a skip: a leaf by its path, and the two types.
 CHANGED = {
-    "shorter": (ValueError, WINDOW | {"window": jnp.zeros(2)}, "['window'] (2,) (3,)"),
-    "broadcast": (ValueError, WINDOW | {"window": jnp.zeros(())}, "['window'] (3,)"),
-    "by a row": (ValueError, WINDOW | {"window": jnp.zeros((1, 3))}, "['window'] (3,)"),
+    "shorter": (
+        ValueError,
+        WINDOW | {"window": jnp.zeros(2)},
+        "['window'] float32[2] [3]",
+    ),
+    "broadcast": (
+        ValueError,
+        WINDOW | {"window": jnp.zeros(())},
+        "['window'] float32[3]",
+    ),
+    "by a row": (
+        ValueError,
+        WINDOW | {"window": jnp.zeros((1, 3))},
+        "['window'] float32[3]",
+    ),
     "None": (ValueError, None, "state"),
     "a tuple": (ValueError, (NUMBER, jnp.zeros(3)), "state"),
     "a leaf less": (ValueError, {"mean": NUMBER}, "state window"),
