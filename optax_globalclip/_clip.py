@@ -227,7 +227,7 @@ def _scaled_jvp(primals, tangents):
     norm = GlobalNorm(*(jnp.where(fixed, 1, x) for x in norm))
     shift, scale = _factors(threshold, norm, within)
     # Not by the product of the factors, which may be subnormal.
-    slope = threshold_dot - norm_dot.value * norm.unit * shift * scale
+    slope = threshold_dot - norm_dot.norm * shift * scale
     slope = jnp.where(fixed, 0, slope)
 
     def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:
@@ -254,7 +254,9 @@ def _factors(
     step = 2.0 ** (int(jnp.finfo(value.dtype).maxexp) - 4)
     up = step / norm.unit
     small = threshold * up < value
-    scale = jnp.where(small, threshold * up / value, threshold / value / norm.unit)
+    # As a product: XLA makes ``a / (b * c)`` of ``(a / b) / c``.
+    scale = threshold * jnp.where(small, up, 1) / value
+    scale = scale * jnp.where(small, 1, 1 / norm.unit)
     scale = scale + value * 0  # NaN if the norm is inf.
     shift = jnp.where(small, 1 / step, 1).astype(scale.dtype)
     return jnp.where(within, 1, shift), jnp.where(within, 1, scale)
@@ -288,4 +290,6 @@ def _product(value, shift, scale, zero):
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
     product = jax.lax.select(scale == 1, value, product)
-    return product if zero is None else jnp.where(zero, jnp.zeros_like(product), product)
+    return (
+        product if zero is None else jnp.where(zero, jnp.zeros_like(product), product)
+    )

@@ -1,12 +1,13 @@
 """What the states know, as scalars for a logger."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ._checks import is_array
 from ._skip import SkipByGlobalNormState
 from ._transform import TREES, ClipByGlobalNormState
 
@@ -37,12 +38,16 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
 
       * ``global_norm``: the norm of the last step, taken or skipped,
       * ``threshold``: the norm above which it was to be skipped,
-      * ``skip_fraction``: the share of all steps so far that were skipped.
+      * ``skip_fraction``: the share of all steps so far that were skipped,
+      * ``consecutive_skips``: how many of the latest steps in a row were skipped.
 
-      If there are several such states, each name is prefixed with the path of its
-      state and a slash. A clip in a skip has ``inner_state/`` in its path, and its
-      metrics are those of the last step that was taken. If there is no such state,
-      the dictionary is empty.
+      Of one clip and one skip the names begin with ``clip/`` and ``skip/``. Of more
+      states they begin with the path of the state. The metrics of a clip in a skip
+      are those of the last step that was taken.
+
+    Raises:
+      TypeError: for a gradient transformation, or a field that is no scalar.
+      ValueError: if there is no such state.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,22 +71,20 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
             "update returned."
         )
     found = list(_states(opt_state, ()))
-    if len(found) == 1:
-        return _metrics_of(found[0][1])
-    paths = [path for path, _ in found]
-    prefixes = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
-    # Short paths may be equal: those of the keys 1 and "1", or of "a/b" and a, then b.
-    if len(set(prefixes)) < len(prefixes):
-        prefixes = [jax.tree_util.keystr(path) for path in paths]
+    if not found:
+        raise ValueError(
+            "opt_state holds no state of clip_by_global_norm or skip_by_global_norm. "
+            "Pass the state of an optimizer with one of them in it."
+        )
     return {
         f"{prefix}/{name}" if prefix else name: value
-        for prefix, (_, fields) in zip(prefixes, found, strict=True)
+        for prefix, (_, fields) in zip(_prefixes(found), found, strict=True)
         for name, value in _metrics_of(fields).items()
     }
 
 
-Path = tuple[Any, ...]
-Fields = Mapping[str, Any]
+Path: TypeAlias = tuple[Any, ...]
+Fields: TypeAlias = Mapping[str, Any]
 
 
 def _states(node: Any, path: Path) -> Iterator[tuple[Path, Fields]]:
@@ -106,6 +109,23 @@ def _is_ours(node: object) -> bool:
     )
 
 
+def _prefixes(found: list[tuple[Path, Fields]]) -> list[str]:
+    """Nothing for one state; ``clip`` and ``skip`` for one of each; else the paths."""
+    kinds = ["skip" if "num_skipped" in fields else "clip" for _, fields in found]
+    if len(kinds) == 1:
+        return [""]
+    if len(set(kinds)) == len(kinds):
+        return kinds
+    paths = [path for path, _ in found]
+    short = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+    # Short paths may be equal: those of the keys 1 and "1", or of "a/b" and a, then b.
+    return (
+        short
+        if len(set(short)) == len(short)
+        else list(map(jax.tree_util.keystr, paths))
+    )
+
+
 def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
     # Arrays first: Flax NNX keeps each field in a Variable, which changes at the next
     # update.
@@ -114,18 +134,13 @@ def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
         for name, value in fields.items()
         if name not in TREES
     }
+    # One call outside ``jit``, which transfers no constant.
+    return _of_skip(state) if "num_skipped" in state else _of_clip(state)
 
-    def share(counter: str) -> jax.Array:
-        updates = jnp.maximum(state["num_updates"], 1).astype(jnp.float32)
-        return state[counter].astype(jnp.float32) / updates
 
+@jax.jit
+def _of_clip(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
     norm, threshold = state["global_norm"], state["threshold"]
-    if "num_skipped" in state:
-        return {
-            "global_norm": norm,
-            "threshold": threshold,
-            "skip_fraction": share("num_skipped"),
-        }
     scale = state["clip_scale"]
     # The norm may be larger than a float can hold, and the scale is rounded.
     clipped_norm = jnp.where(scale > 0, jnp.minimum(norm, threshold), scale)
@@ -134,15 +149,38 @@ def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
         "clipped_norm": clipped_norm,
         "clip_scale": scale,
         "threshold": threshold,
-        "clip_fraction": share("num_clipped"),
-        "nonfinite_fraction": share("num_nonfinite"),
+        "clip_fraction": _share(state, "num_clipped"),
+        "nonfinite_fraction": _share(state, "num_nonfinite"),
     }
 
 
+@jax.jit
+def _of_skip(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        "global_norm": state["global_norm"],
+        "threshold": state["threshold"],
+        "skip_fraction": _share(state, "num_skipped"),
+        "consecutive_skips": state["num_consecutive_skips"].astype(jnp.float32),
+    }
+
+
+def _share(state: dict[str, jax.Array], counter: str) -> jax.Array:
+    """The share of all updates so far that are in the counter."""
+    updates = jnp.maximum(state["num_updates"], 1).astype(jnp.float32)
+    return state[counter].astype(jnp.float32) / updates
+
+
 def _as_array(name: str, value: Any) -> jax.Array:
-    if value is None or isinstance(value, str | bytes):
+    """The scalar of a field, also as Orbax restores one of Flax NNX without a target.
+
+    Raises:
+      TypeError: for anything but a scalar.
+    """
+    if isinstance(value, Mapping) and set(value) == {"value"}:
+        value = value["value"]
+    if not is_array(value):
         raise TypeError(
-            f"opt_state has {name}={value!r}, but a scalar array is kept there. Pass "
-            "the state that init or the last update returned."
+            f"opt_state has {name}={value!r}, but a scalar is kept there. Pass the "
+            "state that init or the last update returned."
         )
     return jnp.asarray(value)

@@ -138,43 +138,47 @@ def _each_norm(leaves: list[Leaf], ord: float) -> list[jax.Array]:
     return [measure([leaf], ord).norm for leaf in leaves]
 
 
-# From here on a norm is in two parts, and larger than a float can hold.
+# A norm from here on has another unit than 1.
 _LARGE = 2.0**64
 
 
 class GlobalNorm(NamedTuple):
-    """A norm that may be larger than a float can hold, as ``value * unit``.
+    """A norm that may be larger than a float can hold.
 
     Attributes:
-      value: scalar, at most about 2**64, so that its reciprocal is normal; non-finite
-        only if an entry of the tree is.
+      norm: scalar; inf if it is too large for a float. Only this has a derivative.
+      value: scalar, ``norm / unit``, at most some 2**64, so that its reciprocal is
+        normal; non-finite only if an entry of the tree is.
       unit: scalar, 1 or a large power of two.
     """
 
+    norm: jax.Array
     value: jax.Array
     unit: jax.Array
-
-    @property
-    def norm(self) -> jax.Array:
-        """The norm; inf if it is too large for a float."""
-        return self.value * lax.stop_gradient(self.unit)
-
-    def as_divisor(self) -> "GlobalNorm":
-        """The norm; 1 if it is 0 or not finite."""
-        usable = jnp.isfinite(self.value) & (self.value > 0)
-        return GlobalNorm(*(jnp.where(usable, x, 1) for x in self))
 
     @classmethod
     def of(cls, norm: Scalar, dtype: jnp.dtype) -> "GlobalNorm":
         """A norm that is given as one float."""
         norm = jnp.asarray(norm, dtype)
-        large, shrink = norm >= _LARGE, Range.of(dtype).shrink
-        value = norm * jnp.where(large, shrink, 1).astype(dtype)
-        unit = jnp.where(large, 1 / shrink, 1).astype(dtype)
-        return cls(*hidden(value, unit))
+        constant, shrink = lax.stop_gradient(norm), Range.of(dtype).shrink
+        large = constant >= _LARGE
+        value = constant * jnp.where(large, shrink, 1).astype(dtype)
+        return cls(norm, *_hidden(value, jnp.where(large, 1 / shrink, 1).astype(dtype)))
+
+    @classmethod
+    def scaled(cls, value: jax.Array, unit: jax.Array) -> "GlobalNorm":
+        """The norm ``value * unit``."""
+        value, unit = _hidden(value, unit)
+        return cls(value * unit, value, unit)
+
+    def as_divisor(self) -> "GlobalNorm":
+        """The norm, as a constant; 1 if it is 0 or not finite."""
+        usable = jnp.isfinite(self.value) & (self.value > 0)
+        norm = lax.stop_gradient(self)
+        return GlobalNorm(*(jnp.where(usable, x, 1) for x in norm))
 
 
-def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
+def _hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
     """The scalars, as no constants to XLA.
 
     XLA makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, though
@@ -184,7 +188,7 @@ def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
 
 
 def over(array: jax.Array, norm: GlobalNorm) -> jax.Array:
-    """The array divided by a norm that is a constant, and neither 0 nor subnormal."""
+    """The array divided by a norm that is a constant and can be divided by."""
     factors = (1 / norm.value, 1 / norm.unit)
     value, unit = (factor_of(array, x.astype(array.dtype)) for x in factors)
     return array * value * unit
@@ -192,20 +196,21 @@ def over(array: jax.Array, norm: GlobalNorm) -> jax.Array:
 
 @jax.custom_jvp
 def divide(array: jax.Array, norm: GlobalNorm) -> jax.Array:
-    """The array divided by the norm; by 1 if that is 0.
+    """The array divided by the norm; 0 if the norm is 0 or not finite.
 
     Its derivative is (array˙ - array/norm · norm˙)/norm. By hand, because the square of
     the norm may overflow or underflow.
     """
-    return over(array, norm._replace(value=jnp.where(norm.value == 0, 1, norm.value)))
+    quotient = over(array, norm.as_divisor())
+    usable = jnp.isfinite(norm.value) & (norm.value > 0)
+    return jnp.where(usable, quotient, jnp.zeros_like(quotient))
 
 
 @divide.defjvp
 def _divide_jvp(primals, tangents):
     (array, norm), (array_dot, norm_dot) = primals, tangents
     quotient = divide(array, norm)
-    slope = norm_dot.value * lax.stop_gradient(norm.unit)
-    slope = factor_of(array, slope.astype(array.dtype))
+    slope = factor_of(array, norm_dot.norm.astype(array.dtype))
     return quotient, divide(array_dot - quotient * slope, norm)
 
 
@@ -220,9 +225,7 @@ def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
             Leaf(reduced(matrix_values(leaf.array, dtype)), leaf.axes)
             for leaf in leaves
         ]
-        if ord == 2:
-            return _two_norm(leaves)
-        return _largest(leaves) if ord == math.inf else _p_norm(leaves, ord)
+        return _two_norm(leaves) if ord == 2 else _p_norm(ord, leaves)
 
 
 # --- The 2-norm.
@@ -230,7 +233,7 @@ def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
 
 @jax.custom_jvp
 def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
-    """The root of the sum of squares."""
+    """The root of the sum of squares, and its derivative Σ xᵢ/‖x‖ · ẋᵢ; 0 at 0."""
     dtype, arrays = _dtype(leaves), [leaf.array for leaf in leaves]
 
     def root(arrays: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -239,98 +242,114 @@ def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
         return root_of_squares(_over_devices(arrays, axes, sums, lax.psum, add))
 
     if any(leaf.axes for leaf in leaves) or not all(map(_cpu.can_sum, arrays)):
-        return GlobalNorm(*hidden(*root(arrays)))
+        return GlobalNorm.scaled(*root(arrays))
     on_cpu = functools.partial(_cpu.root_of_squares, dtype=dtype)
-    return GlobalNorm(
-        *hidden(*lax.platform_dependent(arrays, cpu=on_cpu, default=root))
-    )
+    return GlobalNorm.scaled(*lax.platform_dependent(arrays, cpu=on_cpu, default=root))
 
 
 @_two_norm.defjvp
 def _two_norm_jvp(primals, tangents):
     norm = _two_norm(*primals)
-    scaled = functools.partial(_scaled_p_norm, ord=2, scale=norm)
-    return norm, jax.jvp(scaled, primals, tangents)[1]
+
+    def product(array: jax.Array, dot: jax.Array) -> jax.Array:
+        parts, dots = (real_parts(x, norm.value.dtype) for x in (array, dot))
+        return add([divide(x, norm) * y for x, y in zip(parts, dots, strict=True)])
+
+    return norm, _tangent(norm, *primals, *tangents, product)
 
 
 # --- Norms of other orders.
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _p_norm(ord: float, leaves: list[Leaf]) -> GlobalNorm:
+    """``m · (Σ qᵢᵖ)^(1/p)`` with q = abs(x)/m, where m is the largest modulus."""
+    largest = _largest(leaves)
+    if ord == math.inf:
+        return largest
+    scale = largest.as_divisor()
+    sum_ = _total(leaves, lambda array: _power(_share(array, scale), ord))
+    return GlobalNorm.scaled(_power(sum_, 1 / ord) * scale.value, scale.unit)
+
+
+@_p_norm.defjvp
+def _p_norm_jvp(ord, primals, tangents):
+    """Σ wᵢ · d abs(xᵢ), with wᵢ = qᵢᵖ⁻¹ · (Σ qᵢᵖ)^(1/p - 1) and a constant m.
+
+    For p = inf the weights are equal among ties, and 0 elsewhere.
+    """
+    (leaves,), (dots,) = primals, tangents
+    norm = _p_norm(ord, leaves)
+    # If the norm is not finite, its derivative is 0.
+    finite = jnp.isfinite(norm.value)
+    leaves = [
+        Leaf(jnp.where(finite, leaf.array, jnp.zeros_like(leaf.array)), leaf.axes)
+        for leaf in leaves
+    ]
+    scale = _largest(leaves).as_divisor()
+    shares = [Leaf(_share(leaf.array, scale), leaf.axes) for leaf in leaves]
+    largest = _largest_part(shares)
+
+    def weight(share: jax.Array) -> jax.Array:
+        if ord == math.inf:
+            return (share == largest).astype(share.dtype)
+        return _power(share, ord - 1)
+
+    if ord == math.inf:
+        divisor = jnp.maximum(_total(shares, weight), 1)
+    else:
+        divisor = _power(_total(shares, lambda x: _power(x, ord)), 1 - 1 / ord)
+    divisor = jnp.where(divisor > 0, divisor, 1)
+
+    def product(array: jax.Array, dot: jax.Array) -> jax.Array:
+        signs = _signs(real_parts(array, scale.value.dtype))
+        dots = real_parts(dot, scale.value.dtype)
+        along = add([x * y for x, y in zip(signs, dots, strict=True)])
+        return weight(_share(array, scale)) / divisor * along
+
+    return norm, _tangent(norm, leaves, dots, product)
+
+
 def _largest(leaves: list[Leaf]) -> GlobalNorm:
-    """The largest modulus of any entry."""
+    """The largest modulus of any entry; a constant."""
     norm = GlobalNorm.of(_largest_part(leaves), _dtype(leaves))
     if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
         return norm
     # A modulus may be larger than both of its parts, and overflow where they do not.
-    largest, _ = _largest_shares(leaves, norm)
-    return norm._replace(value=jnp.where(norm.value > 0, norm.value * largest, norm.value))
+    scale, leaves = norm.as_divisor(), lax.stop_gradient(leaves)
+    shares = [Leaf(_share(leaf.array, scale), leaf.axes) for leaf in leaves]
+    larger = jnp.where(norm.value > 0, norm.value * _largest_part(shares), norm.value)
+    return GlobalNorm.scaled(larger, norm.unit)
 
 
-@_largest.defjvp
-def _largest_jvp(primals, tangents):
-    norm = _largest(*primals)
-    return norm, jax.jvp(functools.partial(_mean_of_ties, norm), primals, tangents)[1]
+def _share(array: jax.Array, scale: GlobalNorm) -> jax.Array:
+    """The moduli of the entries, divided by the scale, a constant."""
+    return _modulus([over(x, scale) for x in real_parts(array, scale.value.dtype)])
 
 
-def _mean_of_ties(norm: GlobalNorm, leaves: list[Leaf]) -> GlobalNorm:
-    """The mean of the largest moduli, which are ties; its derivative is the norm's."""
-    norm = lax.stop_gradient(norm)
-    largest, shares = _largest_shares(leaves, norm)
-    ties = [
-        Leaf((share, (share == largest).astype(share.dtype)), leaf.axes)
-        for share, leaf in zip(shares, leaves, strict=True)
-    ]
-    total = _total(ties, lambda pair: pair[0] * pair[1])
-    return norm._replace(
-        value=norm.value * total / jnp.maximum(_total(ties, lambda pair: pair[1]), 1)
-    )
+def _modulus(parts: Sequence[jax.Array]) -> jax.Array:
+    return jnp.abs(parts[0] if len(parts) == 1 else lax.complex(*parts))
 
 
-def _largest_shares(
-    leaves: list[Leaf], norm: GlobalNorm
-) -> tuple[jax.Array, list[jax.Array]]:
-    """The moduli of all entries divided by the norm, and the largest of them first."""
-    shares = [_modulus(leaf.array, norm.as_divisor()) for leaf in leaves]
-    axes = [leaf.axes for leaf in leaves]
-    return _largest_part(list(map(Leaf, shares, axes))), shares
-
-
-def _p_norm(leaves: list[Leaf], ord: float) -> GlobalNorm:
-    """The root of the sum of powers, of entries divided by the largest."""
-    return _scaled_p_norm(leaves, ord, _largest(lax.stop_gradient(leaves)))
-
-
-def _scaled_p_norm(leaves: list[Leaf], ord: float, scale: GlobalNorm) -> GlobalNorm:
-    """``scale * (Σ (|x| / scale)**ord)**(1 / ord)``, which no scale changes.
-
-    So the scale is a constant, and the derivative that JAX finds is that of the norm.
-    """
-    scale = lax.stop_gradient(scale).as_divisor()
-
-    def powers(array: jax.Array) -> jax.Array:
-        if ord == 2:
-            parts = real_parts(array, scale.value.dtype)
-            return add([jnp.square(over(part, scale)) for part in parts])
-        return _power(_modulus(array, scale), ord)
-
-    root = _power(_total(leaves, powers), 1 / ord)
-    return scale._replace(value=root * scale.value)
+def _signs(parts: Sequence[jax.Array]) -> list[jax.Array]:
+    """The real parts of ``x / abs(x)``; 0 at 0."""
+    if len(parts) == 1:
+        return [jnp.sign(parts[0])]
+    # Divided by the larger part first, because the modulus may overflow or underflow.
+    # A constant, as the sign does not depend on it: its square would do so too.
+    larger = functools.reduce(jnp.maximum, map(jnp.abs, lax.stop_gradient(parts)))
+    parts = [part / jnp.where(larger == 0, 1, larger) for part in parts]
+    modulus = _modulus(parts)
+    return [part / jnp.where(modulus == 0, 1, modulus) for part in parts]
 
 
 def _power(x: jax.Array, exponent: float) -> jax.Array:
     """``x ** exponent`` for x >= 0; 0, inf and NaN stay, and have no slope."""
-    if exponent == 1:
-        return x
+    if exponent in (0, 1):
+        return x if exponent else jnp.ones_like(x)
     regular = jnp.isfinite(x) & (x > 0)
     powers = jnp.where(regular, x, 1) ** exponent
     return jnp.where(regular, powers, lax.stop_gradient(x))
-
-
-def _modulus(array: jax.Array, unit: GlobalNorm) -> jax.Array:
-    """The moduli of the entries, divided by a constant unit."""
-    parts = [over(part, unit) for part in real_parts(array, unit.value.dtype)]
-    return jnp.abs(parts[0] if len(parts) == 1 else lax.complex(*parts))
 
 
 def _largest_part(leaves: list[Leaf]) -> jax.Array:
@@ -353,7 +372,7 @@ def _largest_part(leaves: list[Leaf]) -> jax.Array:
     arrays = [lax.stop_gradient(leaf.array) for leaf in leaves]
     axes = [leaf.axes for leaf in leaves]
     bits = _over_devices(arrays, axes, of_arrays, lax.pmax, largest)
-    return hidden(lax.bitcast_convert_type(bits, dtype))[0]
+    return _hidden(lax.bitcast_convert_type(bits, dtype))[0]
 
 
 # --- What all of them share.
@@ -394,3 +413,18 @@ def _total(leaves: Sequence[Leaf], terms: Callable[[Any], jax.Array]) -> jax.Arr
         lax.psum,
         add,
     )
+
+
+def _tangent(
+    norm: GlobalNorm,
+    leaves: list[Leaf],
+    dots: list[Leaf],
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+) -> GlobalNorm:
+    """The tangent of a norm: the sum of products of weights with the tangents."""
+    pairs = [
+        Leaf((leaf.array, dot.array), leaf.axes)
+        for leaf, dot in zip(leaves, dots, strict=True)
+    ]
+    total = _total(pairs, lambda pair: product(*pair))
+    return GlobalNorm(total, *map(jnp.zeros_like, norm[1:]))

@@ -59,9 +59,8 @@ def fits(dtype: jnp.dtype, accumulator: jnp.dtype) -> bool:
     own, limits = jnp.finfo(dtype), Range.of(accumulator)
     largest = 2 * int(own.maxexp) + _ENTRIES + 2 * math.log2(limits.grow)
     smallest = 2 * (int(own.minexp) - int(own.nmant))
-    return (
-        largest < int(jnp.finfo(accumulator).maxexp)
-        and smallest >= math.log2(limits.floor)
+    return largest < int(jnp.finfo(accumulator).maxexp) and smallest >= math.log2(
+        limits.floor
     )
 
 

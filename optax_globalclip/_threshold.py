@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +116,9 @@ def next_threshold(
         check_same("Threshold.update", proposed, own, dtypes=True)
         kept = admitted(norm, proposed, own) if jax.tree.leaves(own) else None
         return as_scalar("the threshold of Threshold.update", threshold), kept
-    if not callable(max_norm):
-        return max_norm, None
+    if max_norm is None or not callable(max_norm):
+        # A number was made a float before.
+        return cast(Scalar | None, max_norm), None
     threshold = max_norm(state.num_updates)
     if isinstance(threshold, Threshold):
         raise TypeError(
@@ -170,10 +171,10 @@ class ZScoreState(NamedTuple):
       spike_sum: the cumulative sum that restarts the warm-up, float32 scalar.
     """
 
-    norm_mean: jax.Array
-    norm_std: jax.Array
-    num_norms: jax.Array
-    spike_sum: jax.Array
+    norm_mean: Any
+    norm_std: Any
+    num_norms: Any
+    spike_sum: Any
 
 
 class QuantileState(NamedTuple):
@@ -185,8 +186,8 @@ class QuantileState(NamedTuple):
       num_norms: how many finite norms there were, int32 scalar; saturates.
     """
 
-    recent_norms: jax.Array
-    num_norms: jax.Array
+    recent_norms: Any
+    num_norms: Any
 
 
 def _check_own(state: Any, own: Any) -> None:
@@ -275,7 +276,8 @@ def zscore_threshold(
     weight = 1 - decay
 
     def init() -> ZScoreState:
-        return ZScoreState(*np.zeros(2, np.float32), np.int32(0), np.float32(0))
+        zero = np.float32(0)
+        return ZScoreState(zero, zero, np.int32(0), zero)
 
     def update(
         norm: jax.Array, state: ZScoreState, count: jax.Array

@@ -178,14 +178,14 @@ def _remedy(leaf: Any) -> str | None:
         return "Pass an abstract array through jax.eval_shape of this function."
     if isinstance(leaf, Iterable) and not hasattr(leaf, "dtype"):
         return "Pass list(...) of an iterator, or a pytree of its arrays."
-    dtype = getattr(leaf, "dtype", None)
+    dtype: Any = getattr(leaf, "dtype", None)
     try:
         known = not isinstance(leaf, type) and _is_inexact(dtype)
     except TypeError:  # The dtype of another framework.
         return "Pass jax.dlpack.from_dlpack of an array of another framework."
     if not known:
         return "Leave it out with optax.masked, or put None in its place."
-    if jnp.finfo(dtype).bits > 64 or not dtype.isnative:
+    if jnp.finfo(dtype).bits > 64 or not np.dtype(dtype).isnative:
         return "JAX has no such arrays: pass .astype of a native dtype of 64 bits."
     return None
 
