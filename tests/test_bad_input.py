@@ -44,63 +44,46 @@ def kept(threshold, other):
     return update(clip(threshold), state=clip(other).init(None))
 
 
-def around(init, new):
-    """A skip around a transformation of the user's, whose update returns ``new``."""
-    tx = skip(optax.GradientTransformation(lambda params: init, lambda *args: new), 1.0)
-    return update(tx, state=tx.init(GRADS))
-
-
 class Foreign:
     """An array of another framework, as JAX sees one: it knows its dtype only."""
 
     shape, dtype = (2,), "torch.float32"
 
 
-NUMBER = jnp.float32(0)
+NUMBER, THREE = jnp.float32(0), jnp.int32(3)
 WINDOW = {"mean": NUMBER, "window": jnp.zeros(3)}
 
+T, V = TypeError, ValueError
 # The call, the error, and what its message has in it, in whatever case.
 ROWS = [
     # What a schedule returns.
-    (
-        lambda: update(clip(lambda count: None)),
-        TypeError,
-        "max_norm None pass math.inf",
-    ),
-    (lambda: update(clip(zscore_threshold)), TypeError, "max_norm zscore_threshold()"),
+    (lambda: update(clip(lambda count: None)), T, "max_norm None pass math.inf"),
+    (lambda: update(clip(zscore_threshold)), T, "max_norm Threshold pass"),
     # The policy.
-    (
-        lambda: clip(1.0, nonfinite="skip"),
-        ValueError,
-        "nonfinite 'skip' nan zero error",
-    ),
-    (lambda: clip(1.0, nonfinite=None), ValueError, "nonfinite None zero"),
-    (lambda: clip(1.0, nonfinite=True), ValueError, "nonfinite True zero"),
-    (lambda: clip(1.0, nonfinite=np.array(["nan"])), ValueError, "nonfinite zero"),
-    (lambda: clip(None, nonfinite="zero"), ValueError, "max_norm nonfinite math.inf"),
-    (lambda: clip_updates(GRADS, None, nonfinite="error"), ValueError, "math.inf"),
+    (lambda: clip(1.0, nonfinite="skip"), V, "nonfinite 'skip' nan zero error"),
+    (lambda: clip(1.0, nonfinite=None), V, "nonfinite None zero"),
+    (lambda: clip(1.0, nonfinite=True), V, "nonfinite True zero"),
+    (lambda: clip(1.0, nonfinite=np.array(["nan"])), V, "nonfinite zero"),
+    (lambda: clip(None, nonfinite="zero"), V, "max_norm nonfinite math.inf"),
+    (lambda: clip_updates(GRADS, None, nonfinite="error"), V, "math.inf"),
     # The order, which decides what is compiled.
-    (lambda: clip(1.0, ord=jnp.float32(2)), TypeError, "ord array static_args"),
-    (lambda: skip(SGD, ord=jnp.int32(1)), TypeError, "ord array static_args"),
-    (lambda: clip_updates(GRADS, 1.0, ord=jnp.ones(2)), TypeError, "ord static_args"),
-    (lambda: leaf_norms(GRADS, ord=jnp.float32(2)), TypeError, "ord static_args"),
-    (
-        lambda: jax.jit(lambda p: global_norm(GRADS, ord=p))(2),
-        TypeError,
-        "ord static_args",
-    ),
+    (lambda: clip(1.0, ord=jnp.float32(2)), T, "ord array static_args"),
+    (lambda: skip(SGD, ord=jnp.int32(1)), T, "ord array static_args"),
+    (lambda: clip_updates(GRADS, 1.0, ord=jnp.ones(2)), T, "ord static_args"),
+    (lambda: leaf_norms(GRADS, ord=jnp.float32(2)), T, "ord static_args"),
+    (lambda: jax.jit(lambda p: global_norm(GRADS, ord=p))(2), T, "ord static_args"),
     # Mesh axes.
-    (lambda: update(clip(1.0, axis_name=3)), ValueError, "axis_name 3 tuple"),
+    (lambda: update(clip(1.0, axis_name=3)), V, "axis_name 3 tuple"),
     (
         lambda: global_norm(GRADS, axis_name={"w": "x", "b": 3}),
-        ValueError,
+        V,
         "axis_name 'b' 3 tuple",
     ),
-    (lambda: global_norm(GRADS, axis_name={"w": "x"}), ValueError, "axis_name prefix"),
-    (lambda: global_norm(GRADS, axis_name=["x", "y"]), ValueError, "axis_name"),
+    (lambda: global_norm(GRADS, axis_name={"w": "x"}), V, "axis_name prefix"),
+    (lambda: global_norm(GRADS, axis_name=["x", "y"]), V, "axis_name"),
     (
         lambda: global_norm({"w": GRADS["w"]}, axis_name={"w": (), "typo": "x"}),
-        ValueError,
+        V,
         "axis_name 'typo'",
     ),
     (
@@ -114,155 +97,107 @@ ROWS = [
         "axis_name 'i' shard_map",
     ),
     # Leaves.
-    (lambda: global_norm({"w": [jnp.arange(3)]}), TypeError, "['w'][0] int32 masked"),
-    (lambda: leaf_norms({"w": 3}), TypeError, "updates['w'] int masked"),
-    (lambda: clip_updates(True, 1.0), TypeError, "updates True bool masked"),
-    (lambda: update(clip(1.0), {"w": "abc"}), TypeError, "updates['w'] 'abc' str"),
-    (lambda: update(skip(SGD), {"w": np.ones(2, bool)}, None), TypeError, "['w'] bool"),
-    (lambda: global_norm({"k": jax.random.key(0)}), TypeError, "['k'] key masked"),
-    (lambda: global_norm(np.array([1.0, None])), TypeError, "updates object masked"),
-    (lambda: global_norm([np.zeros(1, [("a", "f4")])]), TypeError, "updates[0] masked"),
-    (lambda: global_norm([np.float32]), TypeError, "updates[0] type masked"),
-    (lambda: global_norm({"w": Foreign()}), TypeError, "['w'] torch.float32"),
+    (lambda: global_norm({"w": [jnp.arange(3)]}), T, "['w'][0] int32 masked"),
+    (lambda: leaf_norms({"w": 3}), T, "updates['w'] int masked"),
+    (lambda: clip_updates(True, 1.0), T, "updates True bool masked"),
+    (lambda: update(clip(1.0), {"w": "abc"}), T, "updates['w'] 'abc' str"),
+    (lambda: update(skip(SGD), {"w": np.ones(2, bool)}, None), T, "['w'] bool"),
+    (lambda: global_norm({"k": jax.random.key(0)}), T, "['k'] key masked"),
+    (lambda: global_norm(np.array([1.0, None])), T, "updates object masked"),
+    (lambda: global_norm([np.zeros(1, [("a", "f4")])]), T, "updates[0] masked"),
+    (lambda: global_norm([np.float32]), T, "updates[0] type masked"),
+    (lambda: global_norm({"w": Foreign()}), T, "['w'] torch.float32"),
     (
         lambda: global_norm({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}),
-        TypeError,
+        T,
         "updates['w'] float32 eval_shape",
     ),
-    (lambda: global_norm([np.ones(2, np.longdouble)]), TypeError, "updates[0] .astype"),
-    (
-        lambda: global_norm({"w": np.ma.array([3.0, 4.0], mask=[True, False])}),
-        TypeError,
-        "updates['w'] mask",
-    ),
-    (lambda: global_norm(GRADS.values()), TypeError, "updates list("),
-    (lambda: clip_updates((x for x in [1.0]), 1.0), TypeError, "updates list("),
-    (
-        lambda: global_norm([sparse.CSR.fromdense(jnp.eye(2))]),
-        TypeError,
-        "updates[0] CSR BCOO",
-    ),
+    (lambda: global_norm([np.ones(2, np.longdouble)]), T, "updates[0] .astype"),
+    (lambda: global_norm([sparse.CSR.fromdense(jnp.eye(2))]), T, "updates[0] CSR BCOO"),
     (
         lambda: global_norm([sparse.BCOO.fromdense(jnp.eye(2, dtype=jnp.int32))]),
-        TypeError,
+        T,
         "updates[0] int32 masked",
     ),
     # States.
     (
         lambda: update(clip(1.0), state=STATE._replace(num_updates=None)),
-        TypeError,
-        "num_updates None init",
+        V,
+        "state None init",
     ),
     (
         lambda: update(clip(1.0), state=STATE._replace(clip_scale="1")),
-        TypeError,
+        T,
         "clip_scale str init",
     ),
     (
         lambda: update(clip(1.0), state=jax.vmap(lambda _: STATE)(jnp.ones(3))),
-        ValueError,
-        "state.global_norm [3] vmap",
+        V,
+        "state.global_norm [3] init",
     ),
     (
         lambda: kept(zscore_threshold(), quantile_threshold(0.5)),
-        TypeError,
-        "threshold_state QuantileState ZScoreState threshold_state=None",
+        V,
+        "threshold_state QuantileState ZScoreState init",
     ),
     (
         lambda: kept(quantile_threshold(0.5), zscore_threshold()),
-        TypeError,
-        "threshold_state ZScoreState QuantileState threshold_state=None",
+        V,
+        "threshold_state ZScoreState QuantileState init",
     ),
     (
         lambda: kept(
             quantile_threshold(0, window=10), quantile_threshold(0, window=20)
         ),
-        ValueError,
-        "recent_norms (20,) threshold_state=None",
+        V,
+        "recent_norms [20] [10] init",
     ),
     # Thresholds of one's own.
-    (
-        lambda: clip(Threshold(0.0, lambda norm, state, count: (norm, state))),
-        TypeError,
-        "max_norm init=0.0 function",
-    ),
-    (lambda: own(NUMBER, 1.0), TypeError, "Threshold.update float return"),
-    (lambda: own(NUMBER, None), TypeError, "Threshold.update NoneType return"),
-    (lambda: own(NUMBER, (1.0, 2.0, 3.0)), TypeError, "Threshold.update return"),
-    (lambda: own(NUMBER, (None, NUMBER)), TypeError, "Threshold.update None pass"),
-    (lambda: own("a", (1.0, "a")), TypeError, "Threshold.init str return"),
+    (lambda: own(NUMBER, (None, NUMBER)), T, "Threshold.update None pass"),
     (
         lambda: own({"mean": NUMBER}, (1.0, {"mean": "a"})),
-        TypeError,
+        T,
         "Threshold.update ['mean'] str return",
     ),
     # The arguments of the adaptive thresholds.
-    (lambda: zscore_threshold("a"), TypeError, "z 'a' str pass"),
-    (lambda: zscore_threshold(-1.0), ValueError, "z= -1.0 pass"),
-    (lambda: zscore_threshold(math.inf), ValueError, "z= inf pass"),
-    (lambda: zscore_threshold(decay=1.1), ValueError, "decay= 1.1 pass"),
-    (lambda: zscore_threshold(decay=math.nan), ValueError, "decay= nan pass"),
-    (lambda: zscore_threshold(warmup_steps=-1), ValueError, "warmup_steps= -1 pass"),
-    (lambda: zscore_threshold(warmup_steps=2.5), ValueError, "warmup_steps= 2.5 pass"),
-    (lambda: zscore_threshold(warmup_steps=2**31), ValueError, "warmup_steps= pass"),
-    (lambda: quantile_threshold(None), TypeError, "q None pass"),
-    (lambda: quantile_threshold(90), ValueError, "q= 90 pass"),
-    (lambda: quantile_threshold(0, window=0), ValueError, "window= 0 pass"),
-    (
-        lambda: quantile_threshold(0, warmup_steps=None),
-        ValueError,
-        "warmup_steps= None",
-    ),
+    (lambda: zscore_threshold("a"), T, "z 'a' str pass"),
+    (lambda: zscore_threshold(-1.0), V, "z= -1.0 pass"),
+    (lambda: zscore_threshold(math.inf), V, "z= inf pass"),
+    (lambda: zscore_threshold(decay=1.1), V, "decay= 1.1 pass"),
+    (lambda: zscore_threshold(decay=math.nan), V, "decay= nan pass"),
+    (lambda: zscore_threshold(warmup_steps=-1), V, "warmup_steps= -1 pass"),
+    (lambda: zscore_threshold(warmup_steps=2.5), V, "warmup_steps= 2.5 pass"),
+    (lambda: zscore_threshold(warmup_steps=2**31), V, "warmup_steps= pass"),
+    (lambda: quantile_threshold(None), T, "q None pass"),
+    (lambda: quantile_threshold(90), V, "q= 90 pass"),
+    (lambda: quantile_threshold(0, window=0), V, "window= 0 pass"),
+    (lambda: quantile_threshold(0, warmup_steps=None), V, "warmup_steps= None"),
     # What is static there.
-    (lambda: quantile_threshold(jnp.float32(1)), TypeError, "q array static_args"),
-    (
-        lambda: quantile_threshold(0, window=jnp.int32(3)),
-        TypeError,
-        "window static_args",
-    ),
-    (
-        lambda: zscore_threshold(warmup_steps=jnp.int32(3)),
-        TypeError,
-        "warmup_steps static_args",
-    ),
+    (lambda: quantile_threshold(jnp.float32(1)), T, "q array static_args"),
+    (lambda: quantile_threshold(0, window=THREE), T, "window static_args"),
+    (lambda: zscore_threshold(warmup_steps=THREE), T, "warmup_steps static_args"),
     (
         lambda: jax.jit(lambda n: quantile_threshold(0, window=n).init())(3),
-        TypeError,
+        T,
         "window static_args",
     ),
     (
-        lambda: skip(SGD, max_consecutive_skips=jnp.int32(2)),
-        TypeError,
+        lambda: skip(SGD, max_consecutive_skips=THREE),
+        T,
         "max_consecutive_skips static_args",
     ),
     # The inner transformation of a skip, and what it returns.
-    (lambda: skip(1.0), TypeError, "inner 1.0 optimizer first"),
-    (lambda: skip(None), TypeError, "inner None optimizer first"),
-    (
-        lambda: skip(SGD, max_consecutive_skips=-1),
-        ValueError,
-        "max_consecutive_skips=-1 pass",
-    ),
-    (
-        lambda: skip(SGD, max_consecutive_skips=1.5),
-        ValueError,
-        "max_consecutive_skips=1.5 pass",
-    ),
-    (lambda: around((), GRADS), TypeError, "inner update dict return pair"),
-    (lambda: around((), ({"w": "a"}, ())), TypeError, "inner updates['w'] str array"),
-    (lambda: around("a", (GRADS, "a")), TypeError, "inner update state str array"),
+    (lambda: skip(1.0), T, "inner 1.0 optimizer first"),
+    (lambda: skip(None), T, "inner None optimizer first"),
+    (lambda: skip(SGD, max_consecutive_skips=-1), V, "max_consecutive_skips=-1 pass"),
+    (lambda: skip(SGD, max_consecutive_skips=1.5), V, "max_consecutive_skips=1.5 pass"),
     # Metrics.
-    (lambda: metrics(clip(1.0)), TypeError, "opt_state transformation init"),
-    (
-        lambda: metrics(STATE._replace(num_updates=None)),
-        TypeError,
-        "num_updates None init",
-    ),
+    (lambda: metrics(clip(1.0)), V, "opt_state pass state"),
+    (lambda: metrics(STATE._replace(num_updates=None)), T, "num_updates None"),
 ]
 
 
 @pytest.mark.whole
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("call", "error", "words"), ROWS, ids=[row[2] for row in ROWS])
 def test_wrong_call_is_refused(call, error, words):
     """By the package itself: no traceback ends inside JAX."""

@@ -1,7 +1,6 @@
 """What every Optax transformation promises, for each of our factories and options."""
 
 import pathlib
-import pickle
 import re
 
 import jax
@@ -154,12 +153,6 @@ def test_vmap(tx, grads):
         expected, state = tx.update(example, tx.init(example))
         assert_same(found, expected, 1e-6)
         np.testing.assert_allclose(states.global_norm[i], state.global_norm, 1e-6)
-
-
-def test_pickle(tx, grads):
-    _, state = tx.update(grads, tx.init(grads))
-    restored = pickle.loads(pickle.dumps(jax.device_get(state)))
-    assert_same(tx.update(grads, restored), tx.update(grads, state))
 
 
 def test_exported_step_gives_the_same_when_it_is_read_back(tx, grads):

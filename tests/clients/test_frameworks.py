@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from equinox.internal import closure_to_pytree
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec as P
@@ -18,7 +17,6 @@ from optax_globalclip import (
     clip_by_global_norm,
     clip_updates,
     metrics,
-    quantile_threshold,
     skip_by_global_norm,
 )
 
@@ -169,22 +167,6 @@ def test_equinox_module_with_frozen_and_static_fields():
     for _ in range(3):
         trainable, opt_state, grads = step(trainable, opt_state)
         assert_measured(opt_state, grads)
-
-
-@pytest.mark.parametrize(
-    "tx",
-    [
-        clip_by_global_norm(1.0),
-        clip_by_global_norm(optax.linear_schedule(1.0, 2.0, 3), ord=3),
-        clip_by_global_norm(quantile_threshold(0.5), axis_name=("x", "y")),
-        skip_by_global_norm(clip_by_global_norm(1.0), max_consecutive_skips=2),
-    ],
-    ids=["number", "schedule", "threshold", "skip"],
-)
-def test_functions_hash_with_all_that_they_close_over(tx):
-    """As ``optimistix.OptaxMinimiser`` needs it."""
-    for function in tx:
-        hash(jax.tree.structure(closure_to_pytree(function)))
 
 
 # --- Others.
