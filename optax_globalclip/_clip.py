@@ -165,14 +165,14 @@ def clip_leaves(
     within = finite & (found <= threshold)
     zero = ~finite if nonfinite == "zero" else None
     limit = threshold.astype(norm.value.dtype)
+    norm = norm._replace(norm=found.astype(limit.dtype))
     with jax.named_scope("clip_by_global_norm"):
         values = list(map(values_of, arrays))
         values = _scaled(values, limit, norm, within, zero)
+    shift, scale = _factors(limit, norm, within)
     # Raised to the smallest normal float, unless every entry becomes 0.
     least = jnp.where(limit > 0, float(jnp.finfo(jnp.float32).tiny), 0)
-    # A threshold of inf would make the derivative NaN.
-    scale = divide(jnp.where(within, 0, limit), norm) + _nan_if_infinite(norm)
-    scale = jnp.where(within, 1, jnp.maximum(scale, least.astype(scale.dtype)))
+    scale = jnp.maximum(shift * scale, least.astype(scale.dtype))
     scale = scale if zero is None else jnp.where(zero, 0, scale)
     clip = Clip(found, threshold, scale, finite & ~within, finite)
     return list(map(with_values, arrays, values)), clip
@@ -212,13 +212,10 @@ def _scaled_jvp(primals, tangents):
     values, threshold, norm, within, zero = primals
     dots, threshold_dot, norm_dot, _, _ = tangents
     fixed = within if zero is None else within | zero
-    norm = GlobalNorm(
-        norm.norm.astype(norm.value.dtype),
-        *(jnp.where(fixed, 1, x) for x in norm[1:]),
-    )
+    norm = GlobalNorm(norm.norm, *(jnp.where(fixed, 1, x) for x in norm[1:]))
     shift, scale = _factors(threshold, norm, within)
     # Not by the product of the factors, which may be subnormal.
-    slope = threshold_dot - norm_dot.norm.astype(scale.dtype) * shift * scale
+    slope = threshold_dot - norm_dot.norm * shift * scale
     slope = jnp.where(fixed, 0, slope)
 
     def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:
@@ -241,21 +238,17 @@ def _factors(
     The first is 1, unless the quotient is subnormal, or nearly so, which would be
     imprecise on GPU and zero elsewhere.
     """
-    value = jnp.where(norm.value == 0, 1, norm.value)
-    step = 2.0 ** (int(jnp.finfo(value.dtype).maxexp) - 4)
-    up = step / norm.unit
-    small = threshold * up < value
-    # As a product: XLA makes ``a / (b * c)`` of ``(a / b) / c``.
-    scale = threshold * jnp.where(small, up, 1) / value
-    scale = scale * jnp.where(small, 1, 1 / norm.unit)
-    scale = scale + _nan_if_infinite(norm)
+    # A threshold of inf would make the derivative NaN.
+    limit = jnp.where(within, 0, threshold)
+    step = 2.0 ** (int(jnp.finfo(limit.dtype).maxexp) - 4)
+    small = limit * (step / norm.unit) < norm.value
+    unit = jnp.where(small, norm.unit, 1)
+    in_unit = GlobalNorm(norm.norm / unit, norm.value, norm.unit / unit)
+    scale = divide(limit * jnp.where(small, step / unit, 1), in_unit)
+    # NaN if one of them is, or the norm infinite.
+    scale = scale + 0 * (norm.value + limit)
     shift = jnp.where(small, 1 / step, 1).astype(scale.dtype)
     return jnp.where(within, 1, shift), jnp.where(within, 1, scale)
-
-
-def _nan_if_infinite(norm: GlobalNorm) -> jax.Array:
-    """0, or NaN if the norm is not finite: no constant, which debuggers object to."""
-    return 0 * norm.value
 
 
 def _products(values, *factors):

@@ -138,17 +138,13 @@ def _each_norm(leaves: list[Leaf], ord: float) -> list[jax.Array]:
     return [measure([leaf], ord).norm for leaf in leaves]
 
 
-# A norm from here on has another unit than 1.
-_LARGE = 2.0**64
-
-
 class GlobalNorm(NamedTuple):
     """A norm that may be larger than a float can hold.
 
     Attributes:
       norm: scalar; inf if it is too large for a float. Only this has a derivative.
-      value: scalar, ``norm / unit``, at most some 2**64, so that its reciprocal is
-        normal; non-finite only if an entry of the tree is.
+      value: scalar, ``norm / unit``, so that its reciprocal is normal; non-finite only
+        if an entry of the tree is.
       unit: scalar, 1 or a large power of two.
     """
 
@@ -160,8 +156,8 @@ class GlobalNorm(NamedTuple):
     def of(cls, norm: Scalar, dtype: jnp.dtype) -> "GlobalNorm":
         """A norm that is given as one float."""
         norm = jnp.asarray(norm, dtype)
-        constant, shrink = lax.stop_gradient(norm), Range.of(dtype).shrink
-        unit = jnp.where(constant >= _LARGE, 1 / shrink, 1).astype(dtype)
+        constant, large = lax.stop_gradient(norm), 1 / Range.of(dtype).shrink
+        unit = jnp.where(constant >= large, large, 1).astype(dtype)
         return cls(norm, *_hidden(constant / unit, unit))
 
     @classmethod
@@ -188,9 +184,9 @@ def _hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
 
 def over(array: jax.Array, norm: GlobalNorm) -> jax.Array:
     """The array divided by a norm that is a constant and can be divided by."""
-    factors = (1 / norm.value, 1 / norm.unit)
-    value, unit = (factor_of(array, x.astype(array.dtype)) for x in factors)
-    return array * value * unit
+    factors = (norm.value, 1 / norm.unit)
+    value, shrink = (factor_of(array, x.astype(array.dtype)) for x in factors)
+    return array / value * shrink
 
 
 @jax.custom_jvp
@@ -379,7 +375,8 @@ def _over_devices(
     alike: dict[Axes, list[jax.Array]] = {}
     for leaf in leaves:
         alike.setdefault(leaf.axes, []).append(leaf.array)
-    return combine([collective(reduce(group), own) for own, group in alike.items()])
+    reduced = {own: reduce(group) for own, group in alike.items()}
+    return combine([collective(x, own) if own else x for own, x in reduced.items()])
 
 
 def _total(leaves: Sequence[Leaf]) -> jax.Array:

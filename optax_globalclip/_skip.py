@@ -55,10 +55,8 @@ class SkipByGlobalNormState(NamedTuple):
     inner_state: optax.OptState
 
 
-_ZERO, _NONE = np.float32(0), np.int32(0)
-_BEFORE = SkipByGlobalNormState(
-    _ZERO, np.float32(math.inf), _NONE, _NONE, _NONE, None, None
-)
+_FIELDS: list[Any] = [*np.array([0, math.inf], np.float32), *np.zeros(3, np.int32)]
+_BEFORE = SkipByGlobalNormState(*_FIELDS, threshold_state=None, inner_state=())
 
 
 def skip_by_global_norm(
@@ -141,7 +139,7 @@ def skip_by_global_norm(
     ) -> tuple[optax.Updates, SkipByGlobalNormState]:
         if not isinstance(state, SkipByGlobalNormState):
             state = _as_state(state, init_fn, updates if params is None else params)
-        own = state._replace(threshold_state=None, inner_state=None)
+        own = state._replace(threshold_state=None, inner_state=())
         check_same("state", own, _BEFORE)
         leaves, _ = split_updates(updates, axis_name)
         norm = given_norm(leaves, extra_args.get("use_norm"))
@@ -192,13 +190,10 @@ def _as_state(state: Any, init: Any, params: Any) -> SkipByGlobalNormState:
 def _restored(node: Any, like: Any) -> Any:
     """The node with tuples in place of mappings, where the other tree has them."""
     if isinstance(like, tuple) and isinstance(node, Mapping):
-        names = getattr(like, "_fields", None) or map(str, range(len(like)))
-        parts = [
-            _restored(node.get(name), x) for name, x in zip(names, like, strict=True)
-        ]
-        return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
-    if isinstance(like, Mapping) and isinstance(node, Mapping):
-        return type(like)({key: _restored(node[key], x) for key, x in like.items()})
+        names = getattr(like, "_fields", map(str, range(len(like))))
+        parts = [_restored(node.get(k), x) for k, x in zip(names, like, strict=True)]
+        make: Any = getattr(type(like), "_make", tuple)
+        return make(parts)
     return node if jax.tree.leaves(like) else like
 
 

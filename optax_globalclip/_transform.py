@@ -42,9 +42,8 @@ class ClipByGlobalNormState(NamedTuple):
     threshold_state: ThresholdState
 
 
-_BEFORE = ClipByGlobalNormState(
-    *np.array([0, 1, math.inf], np.float32), *np.zeros(3, np.int32), None
-)
+_FIELDS: list[Any] = [*np.array([0, 1, math.inf], np.float32), *np.zeros(3, np.int32)]
+_BEFORE = ClipByGlobalNormState(*_FIELDS, threshold_state=None)
 
 
 def clip_by_global_norm(
