@@ -98,13 +98,6 @@ def test_counters_saturate():
         np.testing.assert_allclose(oracle.norm(updates), state.threshold, 1e-6)
 
 
-def test_use_norm_is_an_extra_argument_through_a_chain():
-    tx = optax.chain(clip_by_global_norm(1.0), optax.scale(1.0))
-    updates, state = tx.update(VALUES, tx.init(VALUES), use_norm=jnp.float32(10))
-    np.testing.assert_allclose(updates, VALUES / 10, 1e-6)
-    assert optax.tree.get(state, "global_norm") == 10
-
-
 def test_state_is_float32_where_the_norm_is_float64():
     with jax.enable_x64(True):
         tree = [np.array([0.1, 0.2, 0.9])]

@@ -8,8 +8,6 @@ import re
 
 import equinox as eqx
 import flax.linen as nn
-import flax.serialization
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +20,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_globalclip import (
     ClipByGlobalNormState,
-    SkipByGlobalNormState,
     clip_by_global_norm,
     metrics,
     quantile_threshold,
@@ -321,55 +318,3 @@ def test_model_with_functions_in_it_is_trained_by_filters(donate):
         losses.append(float(value))
     assert losses[-1] < losses[0]
     assert metrics(opt_state)["clip/clip_fraction"] == 1
-
-
-# What to add to OptaxStatePartitionRules._RULES of T5X.
-def unpartitioned(state, params_axes):
-    """No part of it is like a parameter."""
-    return jax.tree.map(lambda _: None, state)
-
-
-def around(state, params_axes):
-    own = unpartitioned(state._replace(inner_state=None), params_axes)
-    return own._replace(inner_state=derive_axes(state.inner_state, params_axes))
-
-
-RULES = {
-    optax.EmptyState: lambda state, axes: state,
-    optax.ScaleByAdamState: lambda _, axes: optax.ScaleByAdamState(None, axes, axes),
-    ClipByGlobalNormState: unpartitioned,
-    SkipByGlobalNormState: around,
-}
-
-
-def derive_axes(state, params_axes):
-    """As T5X: by a rule for each type of named tuple whose name ends with "State"."""
-
-    def is_state(node):
-        return hasattr(node, "_fields") and type(node).__name__.endswith("State")
-
-    def derive(node):
-        return RULES[type(node)](node, params_axes) if is_state(node) else None
-
-    return jax.tree.map(derive, state, is_leaf=is_state)
-
-
-def test_types_of_states_are_registered():
-    """T5X, OptaxStatePartitionRules of t5x/optimizers.py.
-
-    The axes of a state are derived by rules that are looked up by its type. ``RULES``
-    has the two to register: the threshold's own state is covered by them.
-    https://github.com/google-research/t5x/blob/main/t5x/optimizers.py
-    """
-    clip = clip_by_global_norm(quantile_threshold(0.5))
-    tx = skip_by_global_norm(optax.chain(clip, optax.adam(0.1)), zscore_threshold())
-    state = tx.init(draw())
-    params_axes = {"dense": {"kernel": P("embed", "mlp"), "bias": P("mlp")}}
-    axes = derive_axes(state, params_axes)
-    assert jax.tree.leaves(axes) == [P("mlp"), P("embed", "mlp")] * 2
-    # T5X restores by the names in the state's dictionary, so they are the same ones.
-    names = [
-        set(flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(tree)))
-        for tree in (state._replace(inner_state=None), axes._replace(inner_state=None))
-    ]
-    assert names[0] == names[1]
