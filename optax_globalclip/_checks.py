@@ -12,8 +12,6 @@ import numpy as np
 NonFinite: TypeAlias = Literal["nan", "zero", "error"]
 # What may be passed for a scalar: all that ``chex.Numeric`` is.
 Numeric: TypeAlias = jax.Array | np.ndarray[Any, Any] | np.number[Any] | float
-    jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | float
-)
 Scalar: TypeAlias = float | jax.Array
 
 
