@@ -41,7 +41,7 @@ def as_scalar(
         that is out of range or NaN (unless ``nan_allowed``).
     """
     value, remedy = unwrapped(value), f"Pass a real number of at least {least:g}"
-    remedy += f", math.inf included." if math.isinf(most) else f", at most {most:g}."
+    remedy += ", math.inf included." if math.isinf(most) else f", at most {most:g}."
     if not _is_real(value):
         raise TypeError(f"{name} is {described(value)}. {remedy}")
     if np.shape(value) != ():
@@ -109,41 +109,27 @@ def check_count(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def check_pair(who: str, returned: Any) -> None:
-    """Raises if a function of the user's did not return a pair."""
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(f"{who} returned {described(returned)}. Return a pair.")
-
-
-def check_same(who: str, new: Any, old: Any, *, dtypes: bool) -> None:
+def check_same(who: str, new: Any, old: Any, *, dtypes: bool = False) -> None:
     """Raises if a state has another structure, other shapes or dtypes than before.
 
     Args:
-      who: who returned the new state.
-      new: the state returned.
+      who: what the new state is.
+      new: the new state.
       old: the state before.
       dtypes: whether dtypes count; those of weakly typed numbers never do.
     """
-    remedy = "Return a state with the structure, shapes and dtypes of the one before."
+    remedy = "Its structure, shapes and dtypes must stay those that init returned."
     leaves, structure = jax.tree.flatten_with_path(new)
     old_leaves, old_structure = jax.tree.flatten(old)
     if structure != old_structure:
-        raise ValueError(
-            f"{who} returned a state of the structure {structure} for one of "
-            f"{old_structure}. {remedy}"
-        )
+        raise ValueError(f"{who} is {structure}, but was {old_structure}. {remedy}")
     for (path, leaf), before in zip(leaves, old_leaves, strict=True):
-        if not is_array(leaf):
-            raise TypeError(
-                f"{who} returned state{jax.tree_util.keystr(path)}: "
-                f"{described(leaf)}. Return arrays."
-            )
-        weak = not hasattr(leaf, "dtype") or getattr(leaf, "weak_type", False)
-        other = dtypes and not weak and leaf.dtype != jnp.result_type(before)
-        if other or np.shape(leaf) != np.shape(before):
-            raise (TypeError if other else ValueError)(
-                f"{who} returned state{jax.tree_util.keystr(path)}: "
-                f"{described(leaf)} for {described(before)}. {remedy}"
+        typed = hasattr(leaf, "dtype") and not getattr(leaf, "weak_type", False)
+        other = typed and dtypes and leaf.dtype != jnp.result_type(before)
+        if other or not is_array(leaf) or np.shape(leaf) != np.shape(before):
+            raise (ValueError if is_array(leaf) and not other else TypeError)(
+                f"{who}{jax.tree_util.keystr(path)} is {described(leaf)}, but was "
+                f"{described(before)}. {remedy}"
             )
 
 

@@ -143,7 +143,7 @@ def given_norm(leaves: Sequence[Leaf], use_norm: Any) -> GlobalNorm | None:
     if use_norm is None:
         return None
     use_norm = as_scalar("use_norm", use_norm, nan_allowed=True)
-    return GlobalNorm.of(use_norm, accumulator_dtype([leaf.array for leaf in leaves]))
+    return GlobalNorm.of(use_norm, accumulator_dtype(leaves))
 
 
 def clip_leaves(
@@ -151,14 +151,12 @@ def clip_leaves(
     norm: GlobalNorm,
     threshold: Scalar | None,
     nonfinite: NonFinite,
-    precision: jnp.dtype | None = None,
 ) -> tuple[list[Any], Clip]:
     """Scales the leaves so that their norm is at most the threshold.
 
-    Norm and threshold are compared in ``precision``, by default that of the norm.
+    Judges in the precision of ``norm.norm``; scales in that of ``norm.value``.
     """
-    found = norm.norm.astype(precision)
-    finite = jnp.isfinite(norm.value)
+    found, finite = norm.norm, jnp.isfinite(norm.value)
     arrays = [leaf.array for leaf in leaves]
     if threshold is None:
         none, one = jnp.full_like(found, math.inf), jnp.ones_like(found)
@@ -167,10 +165,15 @@ def clip_leaves(
     within = finite & (found <= threshold)
     zero = ~finite if nonfinite == "zero" else None
     limit = threshold.astype(norm.value.dtype)
+    norm = norm._replace(norm=found.astype(limit.dtype))
     with jax.named_scope("clip_by_global_norm"):
         values = list(map(values_of, arrays))
         values = _scaled(values, limit, norm, within, zero)
-        scale = _reported(limit, norm, within, zero)
+    shift, scale = _factors(limit, norm, within)
+    # Raised to the smallest normal float, unless every entry becomes 0.
+    least = jnp.where(limit > 0, float(jnp.finfo(jnp.float32).tiny), 0)
+    scale = jnp.maximum(shift * scale, least.astype(scale.dtype))
+    scale = scale if zero is None else jnp.where(zero, 0, scale)
     clip = Clip(found, threshold, scale, finite & ~within, finite)
     return list(map(with_values, arrays, values)), clip
 
@@ -186,21 +189,6 @@ def check_finite(clip: Clip, nonfinite: NonFinite) -> None:
             "optax_globalclip.leaf_norms tells which leaf it is in.",
             norm=clip.norm,
         )
-
-
-def _reported(
-    threshold: jax.Array,
-    norm: GlobalNorm,
-    within: jax.Array,
-    zero: jax.Array | None,
-) -> jax.Array:
-    """``threshold / norm``, raised to the smallest normal float unless it is 0."""
-    least = jnp.where(threshold > 0, float(jnp.finfo(jnp.float32).tiny), 0)
-    # A threshold of inf would make the derivative NaN.
-    scale = divide(jnp.where(within, 0, threshold), norm)
-    scale = scale + norm.value * 0  # NaN if the norm is inf.
-    scale = jnp.where(within, 1, jnp.maximum(scale, least.astype(scale.dtype)))
-    return scale if zero is None else jnp.where(zero, 0, scale)
 
 
 @jax.custom_jvp
@@ -224,7 +212,7 @@ def _scaled_jvp(primals, tangents):
     values, threshold, norm, within, zero = primals
     dots, threshold_dot, norm_dot, _, _ = tangents
     fixed = within if zero is None else within | zero
-    norm = GlobalNorm(*(jnp.where(fixed, 1, x) for x in norm))
+    norm = GlobalNorm(norm.norm, *(jnp.where(fixed, 1, x) for x in norm[1:]))
     shift, scale = _factors(threshold, norm, within)
     # Not by the product of the factors, which may be subnormal.
     slope = threshold_dot - norm_dot.norm * shift * scale
@@ -250,14 +238,15 @@ def _factors(
     The first is 1, unless the quotient is subnormal, or nearly so, which would be
     imprecise on GPU and zero elsewhere.
     """
-    value = jnp.where(norm.value == 0, 1, norm.value)
-    step = 2.0 ** (int(jnp.finfo(value.dtype).maxexp) - 4)
-    up = step / norm.unit
-    small = threshold * up < value
-    # As a product: XLA makes ``a / (b * c)`` of ``(a / b) / c``.
-    scale = threshold * jnp.where(small, up, 1) / value
-    scale = scale * jnp.where(small, 1, 1 / norm.unit)
-    scale = scale + value * 0  # NaN if the norm is inf.
+    # A threshold of inf would make the derivative NaN.
+    limit = jnp.where(within, 0, threshold)
+    step = 2.0 ** (int(jnp.finfo(limit.dtype).maxexp) - 4)
+    small = limit * (step / norm.unit) < norm.value
+    unit = jnp.where(small, norm.unit, 1)
+    in_unit = GlobalNorm(norm.norm / unit, norm.value, norm.unit / unit)
+    scale = divide(limit * jnp.where(small, step / unit, 1), in_unit)
+    # NaN if one of them is, or the norm infinite.
+    scale = scale + 0 * (norm.value + limit)
     shift = jnp.where(small, 1 / step, 1).astype(scale.dtype)
     return jnp.where(within, 1, shift), jnp.where(within, 1, scale)
 

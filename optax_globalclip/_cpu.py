@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mesh import has_mesh
-from ._reduce import ADDENDS, Range, add, fits, groups_of, real_parts
+from ._reduce import ADDENDS, Range, add, groups_of, real_parts
+from ._tree import Leaf
 
 # The dtypes whose squares XLA on CPU fuses into their sum.
 _FUSED = (jnp.float32, jnp.bfloat16, jnp.float64)
@@ -44,9 +45,11 @@ _INDEXED = 2**31 - _CHUNK
 _ADDED_IN_A_TREE = 8192
 
 
-def can_sum(array: jax.Array) -> bool:
-    """Whether ``root_of_squares`` takes the array: on no mesh, of no symbolic shape."""
-    return not has_mesh(array) and all(isinstance(size, int) for size in array.shape)
+def can_sum(leaf: Leaf) -> bool:
+    """Whether ``root_of_squares`` takes it: on one device, of no symbolic shape."""
+    array = leaf.array
+    static = all(isinstance(size, int) for size in array.shape)
+    return static and not leaf.axes and not has_mesh(array)
 
 
 def root_of_squares(
@@ -64,9 +67,6 @@ def root_of_squares(
     large = groups_of([x for x in arrays if not _is_small(x)], jax.typeof, ADDENDS)
     sum_of_squares = functools.partial(_sum_of_squares, packs, large, dtype)
     plain = sum_of_squares(None)
-    if all(fits(array.dtype, dtype) for array in arrays):
-        return jnp.sqrt(plain), jnp.ones_like(plain)
-
     limits, grow = Range.of(dtype), _grow(dtype)
     tiny, huge = plain < limits.floor, ~(plain < math.inf)
     scale = jnp.where(tiny, grow, limits.shrink).astype(dtype)

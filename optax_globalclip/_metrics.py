@@ -9,7 +9,10 @@ import optax
 
 from ._checks import is_array
 from ._skip import SkipByGlobalNormState
-from ._transform import TREES, ClipByGlobalNormState
+from ._transform import ClipByGlobalNormState
+
+# The fields of the states that are no scalars.
+_TREES = {"threshold_state", "inner_state"}
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -46,7 +49,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       are those of the last step that was taken.
 
     Raises:
-      TypeError: for a gradient transformation, or a field that is no scalar.
+      TypeError: for a field that is no scalar.
       ValueError: if there is no such state.
 
     Example:
@@ -65,11 +68,6 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       clip_fraction: 1.0
       nonfinite_fraction: 0.0
     """
-    if isinstance(opt_state, optax.GradientTransformation):
-        raise TypeError(
-            "opt_state is a gradient transformation. Pass the state that its init or "
-            "update returned."
-        )
     found = list(_states(opt_state, ()))
     if not found:
         raise ValueError(
@@ -105,69 +103,54 @@ def _is_ours(node: object) -> bool:
         return isinstance(node, types)
     # Converters may leave out a threshold_state that is None.
     return any(
-        set(state._fields) - TREES <= set(node) <= set(state._fields) for state in types
+        set(state._fields) - _TREES <= set(node) <= set(state._fields)
+        for state in types
     )
 
 
 def _prefixes(found: list[tuple[Path, Fields]]) -> list[str]:
     """Nothing for one state; ``clip`` and ``skip`` for one of each; else the paths."""
     kinds = ["skip" if "num_skipped" in fields else "clip" for _, fields in found]
-    if len(kinds) == 1:
-        return [""]
     if len(set(kinds)) == len(kinds):
-        return kinds
+        return kinds if len(kinds) > 1 else [""]
     paths = [path for path, _ in found]
     short = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
     # Short paths may be equal: those of the keys 1 and "1", or of "a/b" and a, then b.
-    return (
-        short
-        if len(set(short)) == len(short)
-        else list(map(jax.tree_util.keystr, paths))
-    )
+    unique = len(set(short)) == len(short)
+    return short if unique else [jax.tree_util.keystr(path) for path in paths]
 
 
 def _metrics_of(fields: Fields) -> dict[str, jax.Array]:
     # Arrays first: Flax NNX keeps each field in a Variable, which changes at the next
-    # update.
-    state = {
-        name: _as_array(name, value)
-        for name, value in fields.items()
-        if name not in TREES
-    }
-    # One call outside ``jit``, which transfers no constant.
-    return _of_skip(state) if "num_skipped" in state else _of_clip(state)
+    # update. Then one call outside ``jit``, which transfers no constant.
+    return _of_scalars(
+        {name: _as_array(name, x) for name, x in fields.items() if name not in _TREES}
+    )
 
 
 @jax.jit
-def _of_clip(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _of_scalars(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
     norm, threshold = state["global_norm"], state["threshold"]
+    logs = {"global_norm": norm, "threshold": threshold}
+
+    def share(counter: str) -> jax.Array:
+        updates = jnp.maximum(state["num_updates"], 1).astype(jnp.float32)
+        return state[counter].astype(jnp.float32) / updates
+
+    if "num_skipped" in state:
+        streak = state["num_consecutive_skips"].astype(jnp.float32)
+        return logs | {
+            "skip_fraction": share("num_skipped"),
+            "consecutive_skips": streak,
+        }
     scale = state["clip_scale"]
-    # The norm may be larger than a float can hold, and the scale is rounded.
-    clipped_norm = jnp.where(scale > 0, jnp.minimum(norm, threshold), scale)
-    return {
-        "global_norm": norm,
-        "clipped_norm": clipped_norm,
+    return logs | {
+        # The norm may be larger than a float can hold, and the scale is rounded.
+        "clipped_norm": jnp.where(scale > 0, jnp.minimum(norm, threshold), scale),
         "clip_scale": scale,
-        "threshold": threshold,
-        "clip_fraction": _share(state, "num_clipped"),
-        "nonfinite_fraction": _share(state, "num_nonfinite"),
+        "clip_fraction": share("num_clipped"),
+        "nonfinite_fraction": share("num_nonfinite"),
     }
-
-
-@jax.jit
-def _of_skip(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {
-        "global_norm": state["global_norm"],
-        "threshold": state["threshold"],
-        "skip_fraction": _share(state, "num_skipped"),
-        "consecutive_skips": state["num_consecutive_skips"].astype(jnp.float32),
-    }
-
-
-def _share(state: dict[str, jax.Array], counter: str) -> jax.Array:
-    """The share of all updates so far that are in the counter."""
-    updates = jnp.maximum(state["num_updates"], 1).astype(jnp.float32)
-    return state[counter].astype(jnp.float32) / updates
 
 
 def _as_array(name: str, value: Any) -> jax.Array:

@@ -7,7 +7,7 @@ sums of squares of the 2-norm are in ``_reduce``, and in ``_cpu`` for one CPU.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,17 +138,13 @@ def _each_norm(leaves: list[Leaf], ord: float) -> list[jax.Array]:
     return [measure([leaf], ord).norm for leaf in leaves]
 
 
-# A norm from here on has another unit than 1.
-_LARGE = 2.0**64
-
-
 class GlobalNorm(NamedTuple):
     """A norm that may be larger than a float can hold.
 
     Attributes:
       norm: scalar; inf if it is too large for a float. Only this has a derivative.
-      value: scalar, ``norm / unit``, at most some 2**64, so that its reciprocal is
-        normal; non-finite only if an entry of the tree is.
+      value: scalar, ``norm / unit``, so that its reciprocal is normal; non-finite only
+        if an entry of the tree is.
       unit: scalar, 1 or a large power of two.
     """
 
@@ -160,10 +156,9 @@ class GlobalNorm(NamedTuple):
     def of(cls, norm: Scalar, dtype: jnp.dtype) -> "GlobalNorm":
         """A norm that is given as one float."""
         norm = jnp.asarray(norm, dtype)
-        constant, shrink = lax.stop_gradient(norm), Range.of(dtype).shrink
-        large = constant >= _LARGE
-        value = constant * jnp.where(large, shrink, 1).astype(dtype)
-        return cls(norm, *_hidden(value, jnp.where(large, 1 / shrink, 1).astype(dtype)))
+        constant, large = lax.stop_gradient(norm), 1 / Range.of(dtype).shrink
+        unit = jnp.where(constant >= large, large, 1).astype(dtype)
+        return cls(norm, *_hidden(constant / unit, unit))
 
     @classmethod
     def scaled(cls, value: jax.Array, unit: jax.Array) -> "GlobalNorm":
@@ -189,9 +184,9 @@ def _hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
 
 def over(array: jax.Array, norm: GlobalNorm) -> jax.Array:
     """The array divided by a norm that is a constant and can be divided by."""
-    factors = (1 / norm.value, 1 / norm.unit)
-    value, unit = (factor_of(array, x.astype(array.dtype)) for x in factors)
-    return array * value * unit
+    factors = (norm.value, 1 / norm.unit)
+    value, shrink = (factor_of(array, x.astype(array.dtype)) for x in factors)
+    return array / value * shrink
 
 
 @jax.custom_jvp
@@ -217,7 +212,7 @@ def _divide_jvp(primals, tangents):
 @functools.partial(jax.jit, static_argnames="ord")
 def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
     """The global norm of the leaves."""
-    dtype = accumulator_dtype([leaf.array for leaf in leaves])
+    dtype = accumulator_dtype(leaves)
     if not leaves:
         return GlobalNorm.of(0.0, dtype)
     with jax.named_scope("global_norm"):
@@ -234,17 +229,16 @@ def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
 @jax.custom_jvp
 def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
     """The root of the sum of squares, and its derivative Σ xᵢ/‖x‖ · ẋᵢ; 0 at 0."""
-    dtype, arrays = _dtype(leaves), [leaf.array for leaf in leaves]
-
-    def root(arrays: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        sums = functools.partial(two_sums, dtype=dtype)
-        axes = [leaf.axes for leaf in leaves]
-        return root_of_squares(_over_devices(arrays, axes, sums, lax.psum, add))
-
-    if any(leaf.axes for leaf in leaves) or not all(map(_cpu.can_sum, arrays)):
-        return GlobalNorm.scaled(*root(arrays))
-    on_cpu = functools.partial(_cpu.root_of_squares, dtype=dtype)
-    return GlobalNorm.scaled(*lax.platform_dependent(arrays, cpu=on_cpu, default=root))
+    sums = functools.partial(two_sums, dtype=accumulator_dtype(leaves))
+    if not all(map(_cpu.can_sum, leaves)):
+        total = _over_devices(leaves, sums, lax.psum, add)
+        return GlobalNorm.scaled(*root_of_squares(total))
+    value_and_unit = lax.platform_dependent(
+        [leaf.array for leaf in leaves],
+        cpu=functools.partial(_cpu.root_of_squares, **sums.keywords),
+        default=lambda arrays: root_of_squares(sums(arrays)),
+    )
+    return GlobalNorm.scaled(*value_and_unit)
 
 
 @_two_norm.defjvp
@@ -255,7 +249,7 @@ def _two_norm_jvp(primals, tangents):
         parts, dots = (real_parts(x, norm.value.dtype) for x in (array, dot))
         return add([divide(x, norm) * y for x, y in zip(parts, dots, strict=True)])
 
-    return norm, _tangent(norm, *primals, *tangents, product)
+    return norm, _tangent(norm, jax.tree.map(product, *primals, *tangents))
 
 
 # --- Norms of other orders.
@@ -268,8 +262,8 @@ def _p_norm(ord: float, leaves: list[Leaf]) -> GlobalNorm:
     if ord == math.inf:
         return largest
     scale = largest.as_divisor()
-    sum_ = _total(leaves, lambda array: _power(_share(array, scale), ord))
-    return GlobalNorm.scaled(_power(sum_, 1 / ord) * scale.value, scale.unit)
+    powers = jax.tree.map(lambda x: _power(_share(x, scale), ord), leaves)
+    return GlobalNorm.scaled(_power(_total(powers), 1 / ord) * scale.value, scale.unit)
 
 
 @_p_norm.defjvp
@@ -278,47 +272,41 @@ def _p_norm_jvp(ord, primals, tangents):
 
     For p = inf the weights are equal among ties, and 0 elsewhere.
     """
-    (leaves,), (dots,) = primals, tangents
-    norm = _p_norm(ord, leaves)
+    norm = _p_norm(ord, *primals)
     # If the norm is not finite, its derivative is 0.
     finite = jnp.isfinite(norm.value)
-    leaves = [
-        Leaf(jnp.where(finite, leaf.array, jnp.zeros_like(leaf.array)), leaf.axes)
-        for leaf in leaves
-    ]
+    leaves = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), *primals)
     scale = _largest(leaves).as_divisor()
-    shares = [Leaf(_share(leaf.array, scale), leaf.axes) for leaf in leaves]
-    largest = _largest_part(shares)
-
-    def weight(share: jax.Array) -> jax.Array:
-        if ord == math.inf:
-            return (share == largest).astype(share.dtype)
-        return _power(share, ord - 1)
-
+    shares = jax.tree.map(lambda x: _share(x, scale), leaves)
     if ord == math.inf:
-        divisor = jnp.maximum(_total(shares, weight), 1)
+        largest = _largest_part(shares)
+        weights = jax.tree.map(lambda x: (x == largest).astype(x.dtype), shares)
+        divisor = _total(weights)
     else:
-        divisor = _power(_total(shares, lambda x: _power(x, ord)), 1 - 1 / ord)
+        weights = jax.tree.map(lambda x: _power(x, ord - 1), shares)
+        powers = jax.tree.map(lambda x: _power(x, ord), shares)
+        divisor = _power(_total(powers), 1 - 1 / ord)
     divisor = jnp.where(divisor > 0, divisor, 1)
 
-    def product(array: jax.Array, dot: jax.Array) -> jax.Array:
-        signs = _signs(real_parts(array, scale.value.dtype))
-        dots = real_parts(dot, scale.value.dtype)
+    def product(weight: jax.Array, array: jax.Array, dot: jax.Array) -> jax.Array:
+        signs = _signs(real_parts(array, weight.dtype))
+        dots = real_parts(dot, weight.dtype)
         along = add([x * y for x, y in zip(signs, dots, strict=True)])
-        return weight(_share(array, scale)) / divisor * along
+        return weight / divisor * along
 
-    return norm, _tangent(norm, leaves, dots, product)
+    return norm, _tangent(norm, jax.tree.map(product, weights, leaves, *tangents))
 
 
 def _largest(leaves: list[Leaf]) -> GlobalNorm:
     """The largest modulus of any entry; a constant."""
-    norm = GlobalNorm.of(_largest_part(leaves), _dtype(leaves))
+    leaves = lax.stop_gradient(leaves)
+    norm = GlobalNorm.of(_largest_part(leaves), accumulator_dtype(leaves))
     if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
         return norm
     # A modulus may be larger than both of its parts, and overflow where they do not.
-    scale, leaves = norm.as_divisor(), lax.stop_gradient(leaves)
-    shares = [Leaf(_share(leaf.array, scale), leaf.axes) for leaf in leaves]
-    larger = jnp.where(norm.value > 0, norm.value * _largest_part(shares), norm.value)
+    scale = norm.as_divisor()
+    larger = _largest_part(jax.tree.map(lambda x: _share(x, scale), leaves))
+    larger = jnp.where(norm.value > 0, norm.value * larger, norm.value)
     return GlobalNorm.scaled(larger, norm.unit)
 
 
@@ -358,33 +346,24 @@ def _largest_part(leaves: list[Leaf]) -> jax.Array:
     By their bits, which for floats without a sign are in the same order, with NaN at
     the end: a maximum of floats loses a NaN on its way over devices.
     """
-    dtype = _dtype(leaves)
+    dtype = accumulator_dtype(leaves)
     integer = jnp.dtype(f"int{jnp.finfo(dtype).bits}")
-
-    def largest(arrays: Sequence[jax.Array]) -> jax.Array:
-        return functools.reduce(jnp.maximum, arrays)
+    largest = functools.partial(functools.reduce, jnp.maximum)
 
     def of_arrays(arrays: Sequence[jax.Array]) -> jax.Array:
-        parts = [part for array in arrays for part in real_parts(array, dtype)]
-        bits = [lax.bitcast_convert_type(jnp.abs(part), integer) for part in parts]
+        parts = [jnp.abs(part) for array in arrays for part in real_parts(array, dtype)]
+        bits = [lax.bitcast_convert_type(part, integer) for part in parts]
         return largest([jnp.max(x, initial=0) for x in bits])
 
-    arrays = [lax.stop_gradient(leaf.array) for leaf in leaves]
-    axes = [leaf.axes for leaf in leaves]
-    bits = _over_devices(arrays, axes, of_arrays, lax.pmax, largest)
+    bits = _over_devices(lax.stop_gradient(leaves), of_arrays, lax.pmax, largest)
     return _hidden(lax.bitcast_convert_type(bits, dtype))[0]
 
 
 # --- What all of them share.
 
 
-def _dtype(leaves: Sequence[Leaf]) -> jnp.dtype:
-    return accumulator_dtype([leaf.array for leaf in leaves])
-
-
 def _over_devices(
-    arrays: Sequence[jax.Array],
-    axes: Sequence[Axes],
+    leaves: Sequence[Leaf],
     reduce: Callable[[list[jax.Array]], jax.Array],
     collective: Callable[[jax.Array, Axes], jax.Array],
     combine: Callable[[Sequence[jax.Array]], jax.Array],
@@ -394,37 +373,17 @@ def _over_devices(
     Arrays sharded over the same axes are reduced together, by one collective.
     """
     alike: dict[Axes, list[jax.Array]] = {}
-    for array, own in zip(arrays, axes, strict=True):
-        alike.setdefault(own, []).append(array)
-    return combine(
-        [
-            collective(reduce(group), own) if own else reduce(group)
-            for own, group in alike.items()
-        ]
-    )
+    for leaf in leaves:
+        alike.setdefault(leaf.axes, []).append(leaf.array)
+    reduced = {own: reduce(group) for own, group in alike.items()}
+    return combine([collective(x, own) if own else x for own, x in reduced.items()])
 
 
-def _total(leaves: Sequence[Leaf], terms: Callable[[Any], jax.Array]) -> jax.Array:
-    """The sum of the terms that each array gives."""
-    return _over_devices(
-        [leaf.array for leaf in leaves],
-        [leaf.axes for leaf in leaves],
-        lambda arrays: add([jnp.sum(terms(x)) for x in arrays]),
-        lax.psum,
-        add,
-    )
+def _total(leaves: Sequence[Leaf]) -> jax.Array:
+    """The sum of all entries."""
+    return _over_devices(leaves, lambda xs: add(list(map(jnp.sum, xs))), lax.psum, add)
 
 
-def _tangent(
-    norm: GlobalNorm,
-    leaves: list[Leaf],
-    dots: list[Leaf],
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-) -> GlobalNorm:
-    """The tangent of a norm: the sum of products of weights with the tangents."""
-    pairs = [
-        Leaf((leaf.array, dot.array), leaf.axes)
-        for leaf, dot in zip(leaves, dots, strict=True)
-    ]
-    total = _total(pairs, lambda pair: product(*pair))
-    return GlobalNorm(total, *map(jnp.zeros_like, norm[1:]))
+def _tangent(norm: GlobalNorm, products: list[Leaf]) -> GlobalNorm:
+    """The tangent of a norm: the sum of products of weights with tangents."""
+    return GlobalNorm(_total(products), *map(jnp.zeros_like, norm[1:]))

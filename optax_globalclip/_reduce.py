@@ -8,8 +8,6 @@ of which at least one neither overflows nor underflows. As the parts of one comp
 they are one reduction to XLA, so a GPU needs no more kernels than for a plain sum.
 """
 
-import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,17 +51,6 @@ class Range(NamedTuple):
         )
 
 
-@functools.cache
-def fits(dtype: jnp.dtype, accumulator: jnp.dtype) -> bool:
-    """Whether sums of squares of a dtype can be trusted as they are, and grown."""
-    own, limits = jnp.finfo(dtype), Range.of(accumulator)
-    largest = 2 * int(own.maxexp) + _ENTRIES + 2 * math.log2(limits.grow)
-    smallest = 2 * (int(own.minexp) - int(own.nmant))
-    return largest < int(jnp.finfo(accumulator).maxexp) and smallest >= math.log2(
-        limits.floor
-    )
-
-
 def root_of_squares(two_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The norm as ``value`` and ``unit``, from the sum that can be trusted."""
     shrunk, grown = two_sums.real, two_sums.imag
@@ -86,11 +73,6 @@ def _two_sums(alike: list[jax.Array], zero: jax.Array) -> jax.Array:
     """``two_sums`` of arrays that can be added entry by entry on each device."""
     dtype, limits = zero.dtype, Range.of(zero.dtype)
     parts = [part for array in alike for part in real_parts(array, dtype)]
-    if fits(alike[0].dtype, dtype):
-        plain = jnp.sum(add([part * part for part in parts]))
-        # Where the shrunk sum is trusted, finite entries of this dtype are negligible.
-        shrunk = jnp.where(jnp.isfinite(plain), 0, plain)
-        return lax.complex(shrunk, plain * limits.grow**2)
 
     def squares(factor: float) -> jax.Array:
         # XLA makes ``(x * x) * (c * c)`` of ``(x * c) * (x * c)`` if x is a scalar,

@@ -9,14 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ._checks import as_ord, check_count, check_pair, check_same, described, is_array
+from ._checks import as_ord, check_count, check_same
 from ._clip import clip_leaves, given_norm
 from ._mesh import laid_out_like
 from ._norm import measure
-from ._threshold import MaxNorm, Threshold, ThresholdState, as_max_norm, next_threshold
-from ._transform import check_scalars, count_if, initial_fields
+from ._threshold import (
+    MaxNorm,
+    QuantileState,
+    ThresholdState,
+    ZScoreState,
+    as_max_norm,
+    begin,
+    next_threshold,
+)
+from ._transform import ClipByGlobalNormState, count_if
 from ._tree import AxisName, is_float0, is_sparse, split_updates, values_of, with_values
 
 
@@ -44,6 +53,10 @@ class SkipByGlobalNormState(NamedTuple):
     num_consecutive_skips: jax.Array
     threshold_state: ThresholdState
     inner_state: optax.OptState
+
+
+_FIELDS: list[Any] = [*np.array([0, math.inf], np.float32), *np.zeros(3, np.int32)]
+_BEFORE = SkipByGlobalNormState(*_FIELDS, threshold_state=None, inner_state=())
 
 
 def skip_by_global_norm(
@@ -115,9 +128,8 @@ def skip_by_global_norm(
         check_count("max_consecutive_skips", max_consecutive_skips, 0)
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
-        # The norm and the threshold.
-        fields = initial_fields([0, math.inf], max_norm, params)
-        return SkipByGlobalNormState(*fields, inner_state=inner.init(params))
+        state = begin(_BEFORE, max_norm, params)
+        return state._replace(inner_state=inner.init(params))
 
     def update_fn(
         updates: optax.Updates,
@@ -127,21 +139,19 @@ def skip_by_global_norm(
     ) -> tuple[optax.Updates, SkipByGlobalNormState]:
         if not isinstance(state, SkipByGlobalNormState):
             state = _as_state(state, init_fn, updates if params is None else params)
-        check_scalars(state)
+        own = state._replace(threshold_state=None, inner_state=())
+        check_same("state", own, _BEFORE)
         leaves, _ = split_updates(updates, axis_name)
-        norm, precision = given_norm(leaves, extra_args.get("use_norm")), None
-        if isinstance(max_norm, Threshold):
-            # A Threshold works in float32, so its norm is judged in float32.
-            norm, precision = norm or measure(leaves, order), jnp.float32
-        threshold, threshold_state = next_threshold(max_norm, norm, state)
-        own = state._replace(threshold_state=None, inner_state=None)
-        taken, own = _judge(
-            leaves, norm, threshold, own, order, precision, max_consecutive_skips
+        norm = given_norm(leaves, extra_args.get("use_norm"))
+        norm, threshold, threshold_state = next_threshold(
+            max_norm, leaves, norm, order, state
         )
-        returned = run_inner(updates, state.inner_state, params, **extra_args)
-        _check_returned(returned, state.inner_state)
-        new_updates, inner_state = _select(taken, *returned, state.inner_state)
-        own = own._replace(threshold_state=threshold_state, inner_state=inner_state)
+        taken, own = _judge(leaves, norm, threshold, own, order, max_consecutive_skips)
+        old = state.inner_state
+        new_updates, new = run_inner(updates, old, params, **extra_args)
+        check_same("The state that inner.update returned", new, old)
+        new_updates, new = _select(taken, new_updates, new, old)
+        own = own._replace(threshold_state=threshold_state, inner_state=new)
         return new_updates, own
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -180,21 +190,18 @@ def _as_state(state: Any, init: Any, params: Any) -> SkipByGlobalNormState:
 def _restored(node: Any, like: Any) -> Any:
     """The node with tuples in place of mappings, where the other tree has them."""
     if isinstance(like, tuple) and isinstance(node, Mapping):
-        names = getattr(like, "_fields", None) or map(str, range(len(like)))
-        parts = [
-            _restored(node.get(name), x) for name, x in zip(names, like, strict=True)
-        ]
-        return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
-    if isinstance(like, Mapping) and isinstance(node, Mapping):
-        return type(like)({key: _restored(node[key], x) for key, x in like.items()})
+        names = getattr(like, "_fields", map(str, range(len(like))))
+        parts = [_restored(node.get(k), x) for k, x in zip(names, like, strict=True)]
+        make: Any = getattr(type(like), "_make", tuple)
+        return make(parts)
     return node if jax.tree.leaves(like) else like
 
 
-@functools.partial(jax.jit, static_argnames=("ord", "precision"))
-def _judge(leaves, norm, threshold, state, ord, precision, max_consecutive_skips):
+@functools.partial(jax.jit, static_argnames="ord")
+def _judge(leaves, norm, threshold, state, ord, max_consecutive_skips):
     """Judges as a clip does, and measures unless a threshold needed the norm before."""
     norm = measure(leaves, ord) if norm is None else norm
-    _, clip = clip_leaves([], norm, threshold, "nan", precision)
+    _, clip = clip_leaves([], norm, threshold, "nan")
     above = clip.clipped
     if max_consecutive_skips is not None:
         above &= state.num_consecutive_skips < max_consecutive_skips
@@ -228,20 +235,12 @@ def _select(taken, updates, new_state, state):
     return updates, jax.tree.map(new_or_old, new_state, state)
 
 
-def _check_returned(returned: Any, state: Any) -> None:
-    """Raises if the inner update did not return updates and a state like before."""
-    check_pair("The inner update", returned)
-    updates, new_state = returned
-    if not all(map(is_array, jax.tree.leaves(updates))):
-        paths = jax.tree.leaves_with_path(updates)
-        path, leaf = next(pair for pair in paths if not is_array(pair[1]))
-        raise TypeError(
-            f"The inner update returned updates{jax.tree_util.keystr(path)}: "
-            f"{described(leaf)}. Return arrays."
-        )
-    check_same("The inner update", new_state, state, dtypes=False)
-
-
-jax.export.register_namedtuple_serialization(
-    SkipByGlobalNormState, serialized_name="optax_globalclip.SkipByGlobalNormState"
-)
+for _state in (
+    ClipByGlobalNormState,
+    SkipByGlobalNormState,
+    ZScoreState,
+    QuantileState,
+):
+    jax.export.register_namedtuple_serialization(
+        _state, serialized_name=f"optax_globalclip.{_state.__name__}"
+    )

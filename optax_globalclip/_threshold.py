@@ -14,13 +14,13 @@ from ._checks import (
     Scalar,
     as_scalar,
     check_count,
-    check_pair,
     check_same,
     check_static,
-    described,
-    is_array,
     unwrapped,
 )
+from ._mesh import placement
+from ._norm import GlobalNorm, measure
+from ._tree import Leaf
 
 # The longest span of moving averages that a change of level is waited for.
 _LONGEST_SPAN = 2000.0
@@ -73,59 +73,47 @@ MaxNorm: TypeAlias = Numeric | Schedule | Threshold
 
 
 def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:
-    """Checks ``max_norm``, and converts a number to a float."""
-    if isinstance(max_norm, Threshold):
-        if not all(map(callable, max_norm)):
-            raise TypeError(
-                f"max_norm={max_norm!r} is no pair of functions. Pass "
-                "Threshold(init, update), with init() and update(norm, state, count)."
-            )
-        return max_norm
-    if max_norm is None or callable(max_norm):
+    """``max_norm``, checked and converted to a float if it is a number."""
+    if max_norm is None or callable(max_norm) or isinstance(max_norm, Threshold):
         return max_norm
     return as_scalar("max_norm", max_norm)
 
 
-def initial_state(max_norm: MaxNorm | None) -> ThresholdState:
-    """The threshold's state before any update; None if it keeps nothing.
+def begin(before: Any, max_norm: MaxNorm | None, params: Any) -> Any:
+    """The state before any update, with the threshold's own, where the parameters lie.
 
-    The arrays are copies: the user's may be given out twice, or donated.
+    ``before`` holds scalars of NumPy: ``jax_debug_infs`` objects to a computed inf.
     """
-    if not isinstance(max_norm, Threshold):
-        return None
-    state = jax.tree.map(_copy, max_norm.init())
-    return state if jax.tree.leaves(state) else None
+    own = _initial(max_norm) if isinstance(max_norm, Threshold) else None
+    own = own if jax.tree.leaves(own) else None
+    return jax.device_put(before._replace(threshold_state=own), placement(params))
 
 
 def next_threshold(
-    max_norm: MaxNorm | None, norm: Any, state: Any
-) -> tuple[Scalar | None, ThresholdState]:
-    """The threshold, and its own new state.
+    max_norm: MaxNorm | None,
+    leaves: list[Leaf],
+    norm: GlobalNorm | None,
+    ord: float,
+    state: Any,
+) -> tuple[GlobalNorm | None, Scalar | None, ThresholdState]:
+    """The norm as it is to be judged, the threshold, and the threshold's new state.
 
-    Args:
-      max_norm: as for the transformations.
-      norm: a GlobalNorm; not used if ``max_norm`` is no Threshold.
-      state: the state of the transformation.
+    Measures, unless the norm is given, if the threshold needs it. A :class:`Threshold`
+    works in float32, so its norm is judged in float32.
     """
     if isinstance(max_norm, Threshold):
-        norm, own = norm.norm.astype(jnp.float32), state.threshold_state
-        own = own if jax.tree.leaves(own) else jax.tree.map(_copy, max_norm.init())
-        returned = max_norm.update(norm, own, state.num_updates)
-        check_pair("Threshold.update", returned)
-        threshold, proposed = returned
-        check_same("Threshold.update", proposed, own, dtypes=True)
-        kept = admitted(norm, proposed, own) if jax.tree.leaves(own) else None
-        return as_scalar("the threshold of Threshold.update", threshold), kept
-    if max_norm is None or not callable(max_norm):
-        # A number was made a float before.
-        return cast(Scalar | None, max_norm), None
-    threshold = max_norm(state.num_updates)
-    if isinstance(threshold, Threshold):
-        raise TypeError(
-            "The schedule max_norm returned a Threshold, so it is a function that "
-            "makes one. Pass what it returns, such as max_norm=zscore_threshold()."
-        )
-    return as_scalar("the value of the schedule max_norm", threshold), None
+        norm = measure(leaves, ord) if norm is None else norm
+        norm = norm._replace(norm=norm.norm.astype(jnp.float32))
+        own = state.threshold_state
+        own = own if jax.tree.leaves(own) else _initial(max_norm)
+        threshold, new = max_norm.update(norm.norm, own, state.num_updates)
+        check_same("The state that Threshold.update returned", new, own, dtypes=True)
+        new = admitted(norm.norm, new, own) if jax.tree.leaves(own) else None
+        return norm, as_scalar("the threshold of Threshold.update", threshold), new
+    if callable(max_norm):
+        threshold = max_norm(state.num_updates)
+        return norm, as_scalar("the value of the schedule max_norm", threshold), None
+    return norm, cast(Scalar | None, max_norm), None  # A number is a float by now.
 
 
 def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
@@ -139,22 +127,20 @@ def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
     return jax.tree.map(new_or_old, proposed, state)
 
 
-def _copy(leaf: Any) -> Any:
-    """The leaf as an array of its own; Python numbers as float32 and int32.
+def _initial(threshold: Threshold) -> ThresholdState:
+    """What its ``init`` returns, as copies: they may be given out twice, or donated.
 
-    NumPy's, if it can be: ``jax_debug_infs`` objects to an inf that JAX computes, and
-    an array of NumPy lies on no device yet.
+    Python numbers become float32 and int32, with and without ``jax_enable_x64``.
     """
-    if not is_array(leaf):
-        raise TypeError(
-            f"Threshold.init returned {described(leaf)}. Return a tree of arrays."
-        )
-    leaf = unwrapped(leaf)
-    if isinstance(leaf, jax.Array):
-        return jnp.array(leaf, copy=True)
-    dtype = jnp.result_type(leaf)
-    # Those of Python numbers do not depend on ``jax_enable_x64``.
-    return np.array(leaf, dtype if hasattr(leaf, "dtype") else _NARROW[dtype.kind])
+
+    def copy(leaf: Any) -> Any:
+        leaf = unwrapped(leaf)
+        if isinstance(leaf, jax.Array):
+            return jnp.array(leaf, copy=True)
+        dtype = jnp.result_type(leaf)
+        return np.array(leaf, dtype if hasattr(leaf, "dtype") else _NARROW[dtype.kind])
+
+    return jax.tree.map(copy, threshold.init())
 
 
 _NARROW = {"b": np.bool_, "i": np.int32, "f": np.float32, "c": np.complex64}
@@ -188,16 +174,6 @@ class QuantileState(NamedTuple):
 
     recent_norms: Any
     num_norms: Any
-
-
-def _check_own(state: Any, own: Any) -> None:
-    """Raises if the state is that of another threshold."""
-    if getattr(state, "_fields", None) != own._fields:
-        raise TypeError(
-            f"threshold_state is a {type(state).__name__}, but this threshold keeps a "
-            f"{own.__name__} with the fields {', '.join(own._fields)}. Pass the state "
-            "that init returns, or one with threshold_state=None, to begin anew."
-        )
 
 
 def zscore_threshold(
@@ -283,7 +259,7 @@ def zscore_threshold(
         norm: jax.Array, state: ZScoreState, count: jax.Array
     ) -> tuple[jax.Array, ZScoreState]:
         del count
-        _check_own(state, ZScoreState)
+        check_same("threshold_state", state, init())
         return _zscore_step(norm, state, z, weight, max(warmup_steps, 1))
 
     return Threshold(init, update)
@@ -393,14 +369,7 @@ def quantile_threshold(
         norm: jax.Array, state: QuantileState, count: jax.Array
     ) -> tuple[jax.Array, QuantileState]:
         del count
-        _check_own(state, QuantileState)
-        shape = jnp.shape(state.recent_norms)
-        if shape != (window,):
-            raise ValueError(
-                f"threshold_state.recent_norms has shape {shape}, but window={window}. "
-                "Pass the window that the state was made with, or a state with "
-                "threshold_state=None, to begin anew."
-            )
+        check_same("threshold_state", state, init())
         return _quantile_step(norm, state, below, share, warmup_steps)
 
     return Threshold(init, update)

@@ -5,29 +5,15 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import NonFinite, Numeric, as_ord, check_nonfinite, described, is_array
+from ._checks import NonFinite, Numeric, as_ord, check_nonfinite, check_same
 from ._clip import check_finite, clip_leaves, given_norm
-from ._mesh import placement
 from ._norm import measure
-from ._threshold import (
-    MaxNorm,
-    QuantileState,
-    Threshold,
-    ThresholdState,
-    ZScoreState,
-    as_max_norm,
-    initial_state,
-    next_threshold,
-)
+from ._threshold import MaxNorm, ThresholdState, as_max_norm, begin, next_threshold
 from ._tree import AxisName, split_updates
-
-# The fields of the states that are no scalars.
-TREES = {"threshold_state", "inner_state"}
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -54,6 +40,10 @@ class ClipByGlobalNormState(NamedTuple):
     num_clipped: jax.Array
     num_nonfinite: jax.Array
     threshold_state: ThresholdState
+
+
+_FIELDS: list[Any] = [*np.array([0, 1, math.inf], np.float32), *np.zeros(3, np.int32)]
+_BEFORE = ClipByGlobalNormState(*_FIELDS, threshold_state=None)
 
 
 def clip_by_global_norm(
@@ -125,9 +115,7 @@ def clip_by_global_norm(
     check_nonfinite(nonfinite, max_norm)
 
     def init_fn(params: optax.Params | None) -> ClipByGlobalNormState:
-        # The norm, the scale and the threshold.
-        fields = initial_fields([0, 1, math.inf], max_norm, params)
-        return ClipByGlobalNormState(*fields)
+        return begin(_BEFORE, max_norm, params)
 
     def update_fn(
         updates: optax.Updates,
@@ -140,32 +128,28 @@ def clip_by_global_norm(
         del params, extra_args
         if not isinstance(state, ClipByGlobalNormState):
             state = init_fn(None)
-        check_scalars(state)
-        leaves, join = split_updates(updates, axis_name)
-        norm, precision = given_norm(leaves, use_norm), None
-        if isinstance(max_norm, Threshold):
-            # A Threshold works in float32, so its norm is judged in float32.
-            norm, precision = norm or measure(leaves, order), jnp.float32
-        threshold, threshold_state = next_threshold(max_norm, norm, state)
         # Without the threshold's state: what is the user's is handed to no jit of ours.
         own = state._replace(threshold_state=None)
-        arrays, clip, own = _clip(
-            leaves, norm, threshold, own, order, nonfinite, precision
+        check_same("state", own, _BEFORE)
+        leaves, join = split_updates(updates, axis_name)
+        norm, threshold, threshold_state = next_threshold(
+            max_norm, leaves, given_norm(leaves, use_norm), order, state
         )
+        arrays, clip, own = _clip(leaves, norm, threshold, own, order, nonfinite)
         check_finite(clip, nonfinite)
         return join(arrays), own._replace(threshold_state=threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@functools.partial(jax.jit, static_argnames=("ord", "nonfinite", "precision"))
-def _clip(leaves, norm, threshold, state, ord, nonfinite, precision):
+@functools.partial(jax.jit, static_argnames=("ord", "nonfinite"))
+def _clip(leaves, norm, threshold, state, ord, nonfinite):
     """Clips and counts, and measures unless a threshold needed the norm before.
 
     Outside ``jit`` an update by a number or a schedule is this one call.
     """
     norm = measure(leaves, ord) if norm is None else norm
-    arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite, precision)
+    arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
     state = state._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
@@ -177,38 +161,6 @@ def _clip(leaves, norm, threshold, state, ord, nonfinite, precision):
     return arrays, clip, state
 
 
-# --- What the skip does alike.
-
-
-def check_scalars(state: Any) -> None:
-    """Raises if a field of the state is no scalar, as in a batch of states."""
-    for name, value in state._asdict().items():
-        if name not in TREES and (not is_array(value) or jnp.shape(value) != ()):
-            raise (TypeError if not is_array(value) else ValueError)(
-                f"state.{name} is {described(value)}, but a scalar is kept there. Pass "
-                "the state that init or the last update returned, or None to begin "
-                "anew; for a batch of states call update in jax.vmap."
-            )
-
-
-def initial_fields(
-    floats: list[float], max_norm: MaxNorm | None, params: optax.Params | None
-) -> tuple[Any, ...]:
-    """The floats, three counters at 0 and the threshold's state.
-
-    All lie where the parameters lie. They come from NumPy, because ``jax_debug_infs``
-    objects to an inf that is computed.
-    """
-    scalars = *np.array(floats, np.float32), *np.zeros(3, np.int32)
-    return jax.device_put((*scalars, initial_state(max_norm)), placement(params))
-
-
 def count_if(happened: jax.Array | bool, counter: jax.Array) -> jax.Array:
     """The counter, incremented if it happened; it saturates."""
     return jnp.where(happened, optax.safe_increment(counter), counter)
-
-
-for _state in (ClipByGlobalNormState, ZScoreState, QuantileState):
-    jax.export.register_namedtuple_serialization(
-        _state, serialized_name=f"optax_globalclip.{_state.__name__}"
-    )

@@ -73,9 +73,10 @@ def split_updates(
     return [Leaf(arrays[i], axes[i]) for i in counted], join
 
 
-def accumulator_dtype(arrays: Sequence[Any]) -> jnp.dtype:
-    """float64 if any array is float64 or complex128, else float32."""
-    double = any(array.dtype in (jnp.float64, jnp.complex128) for array in arrays)
+def accumulator_dtype(leaves: Sequence[Leaf]) -> jnp.dtype:
+    """float64 if any leaf is float64 or complex128, else float32."""
+    doubles = jnp.float64, jnp.complex128
+    double = any(leaf.array.dtype in doubles for leaf in leaves)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
@@ -178,21 +179,17 @@ def _remedy(leaf: Any) -> str | None:
         return "Pass an abstract array through jax.eval_shape of this function."
     if isinstance(leaf, Iterable) and not hasattr(leaf, "dtype"):
         return "Pass list(...) of an iterator, or a pytree of its arrays."
-    dtype: Any = getattr(leaf, "dtype", None)
-    try:
-        known = not isinstance(leaf, type) and _is_inexact(dtype)
-    except TypeError:  # The dtype of another framework.
-        return "Pass jax.dlpack.from_dlpack of an array of another framework."
-    if not known:
+    dtype = getattr(leaf, "dtype", None)
+    if not isinstance(dtype, np.dtype) or not _is_inexact(dtype):
         return "Leave it out with optax.masked, or put None in its place."
-    if jnp.finfo(dtype).bits > 64 or not np.dtype(dtype).isnative:
+    if jnp.finfo(dtype).bits > 64 or not dtype.isnative:
         return "JAX has no such arrays: pass .astype of a native dtype of 64 bits."
     return None
 
 
 @functools.cache
 def _is_inexact(dtype: Any) -> bool:
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _named_axes(
@@ -211,13 +208,10 @@ def _named_axes(
         ) from error
     typed = {name: is_typed(name) for own in names for name in own}
     # A sum over an axis that a leaf does not vary over would count it repeatedly.
+    varying = [varying_axes(values_of(array)) for array in arrays]
     return [
-        tuple(
-            name
-            for name in own
-            if not typed[name] or name in varying_axes(values_of(array))
-        )
-        for own, array in zip(names, arrays, strict=True)
+        tuple(name for name in own if not typed[name] or name in axes)
+        for own, axes in zip(names, varying, strict=True)
     ]
 
 
