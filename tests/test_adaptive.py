@@ -12,7 +12,7 @@ import pytest
 from optax_globalclip import clip_by_global_norm, quantile_threshold, zscore_threshold
 
 RECORDED = np.load(
-    pathlib.Path(__file__).parent.parent / "benchmarks/results/spikes-norms.npy"
+    pathlib.Path(__file__).parent.parent / "studies/results/spikes-norms.npy"
 )
 
 

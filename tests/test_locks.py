@@ -19,7 +19,7 @@ from optax_globalclip import (
 )
 
 RECORDED = np.load(
-    pathlib.Path(__file__).parent.parent / "benchmarks/results/spikes-norms.npy"
+    pathlib.Path(__file__).parent.parent / "studies/results/spikes-norms.npy"
 )
 
 

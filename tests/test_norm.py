@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from jax.test_util import check_grads
 
-from benchmarks.trees import gpt2_small_shapes
+from benchmarks.networks import gpt2_small
 from optax_globalclip import global_norm, leaf_norms
 
 ORDS = [1, 1.5, 2, 3, 10.0, math.inf]
@@ -38,7 +38,7 @@ def test_thousand_leaves(dtype):
 @pytest.mark.slow
 @dtypes
 def test_gpt2_small(dtype):
-    assert_norm(oracle.normals(gpt2_small_shapes(), dtype))
+    assert_norm(oracle.normals(gpt2_small(), dtype))
 
 
 @pytest.mark.slow

@@ -89,8 +89,9 @@ def test_metadata_passes_and_says_what_the_package_says(built):
 @pytest.mark.slow
 def test_sdist_holds_all_that_its_tests_need(unpacked):
     names = {path.relative_to(unpacked).parts[0] for path in unpacked.rglob("*")}
-    for folder in ("optax_globalclip", "tests", "benchmarks", "examples", "notebooks"):
+    for folder in ("optax_globalclip", "tests", "examples", "notebooks"):
         assert folder in names
+    assert {"benchmarks", "studies"} < names
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"} < names
     assert {"CITATION.cff", "SECURITY.md", "pyproject.toml"} < names
     assert not names & {".ci", ".git", ".github", "dist"}

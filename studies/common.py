@@ -1,7 +1,38 @@
-"""The recurrence that both studies train, with a gradient that is cheap on a CPU."""
+"""What the studies share: a recurrence, intervals, and a table."""
+
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+import scipy.stats
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+LEVEL = 0.95
+
+
+def interval_of_share(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's interval around the share of trials that succeeded."""
+    found = scipy.stats.binomtest(successes, trials)
+    interval = found.proportion_ci(LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """Student's interval around the mean of values, of which there are two or more."""
+    quantile = scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+    margin = scipy.stats.sem(values) * quantile
+    return float(np.mean(values) - margin), float(np.mean(values) + margin)
+
+
+def show(title: str, headings: list[str], lines: list[list[str]]) -> None:
+    """Prints a table."""
+    printed = rich.table.Table(*headings, title=title)
+    for line in lines:
+        printed.add_row(*line)
+    rich.console.Console(width=150).print(printed)
 
 
 @jax.custom_vjp
