@@ -9,24 +9,8 @@ import functools
 from typing import Any
 
 import rich.progress
-import rich.table
 
 from . import cases, measured, results
-
-HEADINGS = {
-    "case": "case",
-    "dtype": "dtype",
-    "contender": "contender",
-    "milliseconds": "ms",
-    "added_milliseconds": "added ms",
-    "ratio": "ratio",
-    "ratio_quartiles": "quartiles",
-    "temporary_mb": "temporary MB",
-    "build_seconds": "build s",
-    "share_of_copy_bandwidth": "of a copy's bandwidth",
-    "hbm_gb": "compiled: GB",
-    "kernels": "kernels",
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if not args.only:
                     results.write(setting | {"rows": rows}, path)
             progress.advance(task)
-    console.print(table(rows))
+    console.print(results.table(rows))
     if not args.only:
         console.print(f"Written to {path}; python -m benchmarks.figures draws it.")
 
@@ -76,21 +60,6 @@ def plan(args: Any) -> dict[str, Any]:
         measured.outside_jit, rounds
     )
     return todo
-
-
-def table(rows: list[results.Row]) -> rich.table.Table:
-    """One line for each row, a column for each field that is known of any."""
-    fields = [name for name in HEADINGS if any(row.get(name) for row in rows)]
-    printed = rich.table.Table(*(HEADINGS[name] for name in fields))
-    for row in rows:
-        printed.add_row(*(_cell(row.get(name)) for name in fields))
-    return printed
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(str, value))
-    return "" if value is None else str(value)
 
 
 if __name__ == "__main__":

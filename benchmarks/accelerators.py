@@ -14,10 +14,8 @@ code has changed, and all rows if a version has. To try one form of the clip:
     python -m benchmarks.accelerators --targets v5e --cases decoder --contenders ours
 """
 
-import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import rich.progress
-import rich.table
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from . import cases, results
@@ -34,18 +31,6 @@ from .results import Row
 from .targets import TARGETS, Compiled, Target, available
 
 NOT_MEASURED = "Compiled, not measured"
-HEADINGS = (
-    "case",
-    "dtype",
-    "contender",
-    "HBM GB",
-    "kernels",
-    "million cycles",
-    "control flow",
-    "collectives",
-    "temporary MB",
-    "build s",
-)
 # A GPU's compiler estimates no cycles: the time of its memory traffic and its kernels.
 BYTES_PER_SECOND, SECONDS_PER_KERNEL = 3.35e12, 2e-6
 
@@ -61,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Constants are arrays too, and may not be put on the accelerator.
     jax.config.update("jax_platforms", "cpu")
     console = results.console()
-    for target in _selected(args.targets):
+    if not (names := args.targets or list(available())):
+        parser.error("Install a compiler: " + TARGETS["v5e"].install)
+    for target in (TARGETS[name] for name in names):
         path = args.out / f"compiled-{target.name}.json"
         plan = cases.compiled(target.name)
         chosen = [
@@ -72,20 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
             and contender in (args.contenders or case.contenders)
         ]
         rows = run(target, plan, chosen, path, anew=args.anew, console=console)
-        console.print(table(target, rows))
-        console.print(summary_table(target, rows))
+        title = f"{target.title}: {NOT_MEASURED.lower()}"
+        console.print(results.table(map(shown, rows), title))
+        console.print(results.table(summary(rows), title))
         console.print(f"{NOT_MEASURED}. Written to {path}")
-
-
-def _selected(names: list[str] | None) -> list[Target]:
-    """The targets asked for, or all that there are compilers for."""
-    selected = [TARGETS[name] for name in names or available()]
-    missing = {each.install for each in selected if not each.is_available}
-    if not selected:
-        missing = {each.install for each in TARGETS.values()}
-    if missing:
-        sys.exit("No compiler for that. Install one: " + "; or ".join(sorted(missing)))
-    return selected
 
 
 def run(
@@ -185,36 +162,15 @@ def row(case: Case, contender: str, compiled: Compiled) -> Row:
         "cycles": program.cycles,
         "conditionals": program.conditionals,
         "whiles": program.whiles,
-        "collectives": [dataclasses.asdict(each) for each in program.collectives],
+        "collectives": [each._asdict() for each in program.collectives],
         "temporary_mb": round(compiled.temporary_bytes / 1e6, 2),
         "build_seconds": round(compiled.build_seconds, 2),
     }
 
 
-def table(target: Target, rows: list[Row]) -> rich.table.Table:
-    """One line for each program."""
-    title = f"{target.title}: {NOT_MEASURED.lower()}"
-    printed = rich.table.Table(*HEADINGS, title=title)
-    for each in rows:
-        printed.add_row(*_cells(each))
-    return printed
-
-
-def _cells(row: Row) -> list[str]:
-    cycles = row["cycles"]
-    flow = row["conditionals"] + row["whiles"]
-    return [
-        row["case"],
-        row["dtype"],
-        row["contender"],
-        f"{row['hbm_gb']:.3f}",
-        f"{row['kernels']:,}",
-        "" if cycles is None else f"{cycles / 1e6:.2f}",
-        str(flow or ""),
-        exchanged(row["collectives"]),
-        f"{row['temporary_mb']:,.1f}",
-        f"{row['build_seconds']:.1f}",
-    ]
+def shown(row: Row) -> Row:
+    """The row as it is printed."""
+    return row | {"source": None, "collectives": exchanged(row["collectives"])}
 
 
 def exchanged(collectives: list[dict[str, Any]]) -> str:
@@ -282,16 +238,6 @@ def _ratios(
         own, its = (found.get((*program, who)) for who in (contender, other))
         if own and its:
             yield program, value(own) / value(its)
-
-
-def summary_table(target: Target, rows: list[Row]) -> rich.table.Table:
-    """One line for each group and pair."""
-    headings = ("programs", "ratio", "number", "geometric mean", "worst", "in")
-    title = f"{target.title}: {NOT_MEASURED.lower()}"
-    printed = rich.table.Table(*headings, title=title)
-    for line in summary(rows):
-        printed.add_row(*map(str, line.values()))
-    return printed
 
 
 if __name__ == "__main__":

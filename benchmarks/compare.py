@@ -14,8 +14,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-import rich.markup  # noqa: E402
-import rich.table  # noqa: E402
 from jax.sharding import AxisType, PartitionSpec  # noqa: E402
 
 import optax_globalclip  # noqa: E402
@@ -32,10 +30,7 @@ NORMS = {"optax": optax.global_norm, "ours": optax_globalclip.global_norm}
 def main() -> None:
     """Measures every row, prints the table and writes it."""
     rows = [row(case, outcome) for case, outcome in _rows().items()]
-    table = rich.table.Table("", f"optax {optax.__version__}", "optax_globalclip")
-    for each in rows:
-        table.add_row(*map(rich.markup.escape, each.values()))
-    results.console().print(table)
+    results.console().print(results.table(rows))
     written = {"versions": results.versions(), "rows": rows}
     results.write(written, results.FOLDER / "compare.json")
 

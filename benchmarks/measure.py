@@ -1,7 +1,6 @@
 """How everything is timed: contenders in random order in each round, and medians."""
 
 import dataclasses
-import math
 import random
 import statistics
 import time
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import rich.progress
 
 from . import programs
@@ -135,38 +135,25 @@ def rows(
         the others, to give what they add to it.
       reference: the contender that the ratios are to.
     """
-
-    def differences(name: str) -> list[float]:
-        own = contenders[name].seconds
-        if beside is None:
-            return own
-        return [a - b for a, b in zip(own, contenders[beside].seconds, strict=True)]
-
-    def ratios(name: str) -> list[float]:
-        own, other = map(differences, (name, reference))
-        return [a / b if b else math.nan for a, b in zip(own, other, strict=True)]
-
-    def ratio(name: str) -> float:
-        if beside is not None:  # Differences may be about zero in a noisy round.
-            own, other = map(differences, (name, reference))
-            return statistics.median(own) / statistics.median(other)
-        return statistics.median(ratios(name))
-
-    def quartiles(name: str) -> list[float]:
-        low, _, high = statistics.quantiles(ratios(name), method="inclusive")
-        return [round(low, 3), round(high, 3)]
-
+    own = {name: np.array(each.seconds) for name, each in contenders.items()}
+    if beside is not None:
+        own = {name: seconds - own[beside] for name, seconds in own.items()}
+    medians = {name: float(np.median(seconds)) for name, seconds in own.items()}
     found = []
     for name, contender in contenders.items():
-        added = round(1e3 * statistics.median(differences(name)), 3)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = own[name] / own[reference]
+        low, ratio, high = map(float, np.quantile(ratios, [0.25, 0.5, 0.75]))
+        if beside is not None:  # Differences may be about zero in a noisy round.
+            ratio = medians[name] / medians[reference]
         row = {
             "case": case,
             "dtype": dtype,
             "contender": name,
             "milliseconds": round(1e3 * contender.median(), 3),
-            "added_milliseconds": None if beside is None else added,
-            "ratio": round(ratio(name), 3),
-            "ratio_quartiles": quartiles(name),
+            "added_milliseconds": round(1e3 * medians[name], 3) if beside else None,
+            "ratio": round(ratio, 3),
+            "ratio_quartiles": [round(low, 3), round(high, 3)],
             "ratio_to": reference,
             "temporary_mb": None,
             "build_seconds": None,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 
 Shapes = Any  # A tree of tuples.
-BATCH, LENGTH, VOCABULARY = 8, 512, 8192
+BATCH, LENGTH, VOCABULARY = 8, 256, 16_384
 
 
 class Network(NamedTuple):
@@ -150,7 +150,7 @@ def _decoder_shapes(width: int, blocks: Any, vocabulary: int, length: int) -> Sh
 # --- Networks.
 
 
-def dense(width: int = 2048, layers: int = 4) -> Network:
+def dense(width: int = 2048, layers: int = 2) -> Network:
     """Nearly all of its gradients are matrix products, which a sum may fuse with."""
 
     def loss_of(params: Any, x: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ def dense(width: int = 2048, layers: int = 4) -> Network:
     return Network([_dense(width, width)] * layers, loss_of, _bf16(2 * width, width))
 
 
-def decoder(width: int = 512, blocks: int = 4, *, stacked: bool = False) -> Network:
+def decoder(width: int = 256, blocks: int = 2, *, stacked: bool = False) -> Network:
     """A small GPT-2, with its blocks listed, or stacked for ``scan`` with remat."""
     listed = [_block(width)] * blocks
     stack = jax.tree.map(
@@ -173,11 +173,11 @@ def decoder(width: int = 512, blocks: int = 4, *, stacked: bool = False) -> Netw
     return Network(shapes, _next_token_loss, _int32(BATCH, LENGTH))
 
 
-def vision_transformer(width: int = 384, blocks: int = 4) -> Network:
-    """64 patches of 8 × 8 pixels, 1,000 classes."""
+def vision_transformer(width: int = 256, blocks: int = 2) -> Network:
+    """256 patches of 16 × 16 pixels, 1,000 classes."""
     shapes = {
-        "patches": _dense(192, width),
-        "positions": (64, width),
+        "patches": _dense(768, width),
+        "positions": (256, width),
         "blocks": [_block(width)] * blocks,
         "norm": _norm(width),
         "head": _dense(width, 1000),
@@ -192,11 +192,11 @@ def vision_transformer(width: int = 384, blocks: int = 4) -> Network:
         return _cross_entropy(_apply(small["head"], x), data["labels"])
 
     return Network(
-        shapes, loss_of, {"images": _bf16(64, 64, 192), "labels": _int32(64)}
+        shapes, loss_of, {"images": _bf16(BATCH, 256, 768), "labels": _int32(BATCH)}
     )
 
 
-def convolutions(widths: tuple[int, ...] = (64, 128, 256)) -> Network:
+def convolutions(widths: tuple[int, ...] = (128, 256)) -> Network:
     """A residual network on images of 32 × 32 pixels."""
     inputs = (widths[0], *widths)
     stages = [
@@ -227,7 +227,7 @@ def convolutions(widths: tuple[int, ...] = (64, 128, 256)) -> Network:
     return Network(shapes, loss_of, {"images": images, "labels": _int32(64)})
 
 
-def lstm(width: int = 512, layers: int = 2, steps: int = 64) -> Network:
+def lstm(width: int = 256, layers: int = 2, steps: int = 64) -> Network:
     """Predicts the next token."""
     shapes = {
         "tokens": (VOCABULARY, width),
@@ -257,7 +257,7 @@ def lstm(width: int = 512, layers: int = 2, steps: int = 64) -> Network:
     return Network(shapes, loss_of, _int32(steps, 4 * BATCH))
 
 
-def experts(width: int = 512, count: int = 8, blocks: int = 2) -> Network:
+def experts(width: int = 256, count: int = 8, blocks: int = 1) -> Network:
     """A decoder that sends each token to one of several experts, as in Switch."""
     mixture = {"route": (width, count), "up": (count, width, 2 * width)}
     mixture["down"] = (count, 2 * width, width)
@@ -298,7 +298,7 @@ def embedding_tables(rows: int = 100_000, width: int = 64, count: int = 8) -> Ne
     return Network(shapes, loss_of, data, "SGD")
 
 
-def lora(width: int = 512, blocks: int = 8, rank: int = 8) -> Network:
+def lora(width: int = 256, blocks: int = 4, rank: int = 8) -> Network:
     """A decoder that is frozen, but for small leaves beside queries and values."""
     base = decoder(width, blocks)
     pair = {"into": (width, rank), "out_of": (rank, width)}
@@ -316,7 +316,7 @@ def lora(width: int = 512, blocks: int = 8, rank: int = 8) -> Network:
 NETWORKS: dict[str, Callable[..., Network]] = {
     "dense": dense,
     "decoder": decoder,
-    "stacked decoder": functools.partial(decoder, blocks=8, stacked=True),
+    "stacked decoder": functools.partial(decoder, blocks=4, stacked=True),
     "vision transformer": vision_transformer,
     "convolutions": convolutions,
     "LSTM": lstm,

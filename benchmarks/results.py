@@ -7,10 +7,13 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import rich.console
+import rich.markup
+import rich.table
 
 import optax_globalclip
 
@@ -36,6 +39,27 @@ def parser(
 def console(width: int = 150) -> rich.console.Console:
     """Wide enough for a table where the output is no terminal."""
     return rich.console.Console(width=None if sys.stdout.isatty() else width)
+
+
+def table(
+    rows: Iterable[Row], title: str = "", fields: Sequence[str] = ()
+) -> rich.table.Table:
+    """One line for each row, a column for each field that any row has a value in."""
+    rows = list(rows)
+    fields = fields or list(dict.fromkeys(field for row in rows for field in row))
+    shown = [field for field in fields if any(row.get(field) for row in rows)]
+    printed = rich.table.Table(*(f.replace("_", " ") for f in shown), title=title)
+    for row in rows:
+        printed.add_row(*(_cell(row.get(field)) for field in shown))
+    return printed
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_cell, value))
+    if isinstance(value, float | int):
+        return f"{value:,}"
+    return rich.markup.escape(value or "")
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -83,6 +107,4 @@ def machine() -> str:
 
 def slug() -> str:
     """The machine as the name of a file."""
-    device = jax.devices()[0]
-    kind = machine() if device.platform == "cpu" else device.device_kind
-    return kind.lower().replace(",", "").replace(" ", "-")
+    return machine().lower().replace(",", "").replace(" ", "-")

@@ -1,13 +1,14 @@
 """What the studies share: a recurrence, intervals, and a table."""
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 import scipy.stats
+
+from benchmarks import results
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 LEVEL = 0.95
@@ -27,12 +28,10 @@ def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
     return float(np.mean(values) - margin), float(np.mean(values) + margin)
 
 
-def show(title: str, headings: list[str], lines: list[list[str]]) -> None:
+def show(title: str, headings: Sequence[str], lines: list[list[str]]) -> None:
     """Prints a table."""
-    printed = rich.table.Table(*headings, title=title)
-    for line in lines:
-        printed.add_row(*line)
-    rich.console.Console(width=150).print(printed)
+    rows = [dict(zip(headings, line, strict=True)) for line in lines]
+    results.console().print(results.table(rows, title))
 
 
 @jax.custom_vjp

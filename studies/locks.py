@@ -26,8 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = parser.parse_args(arguments).out
     rows = [row(name, norms) for name, norms in histories().items()]
     title = f"Clipped of the {STEPS} steps after it"
-    cells = [[str(cell) for cell in each.values()] for each in rows]
-    common.show(title, ["history", "ZClip", "ours"], cells)
+    results.console().print(results.table(rows, title))
     results.write({"versions": results.versions(), "rows": rows}, out / "locks.json")
 
 

@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         "grid": grid_rows(tuned, chosen),
         "rows": rows(tested),
     }
-    common.show(TITLE, ["", "tuned to", *KINDS], lines(written["rows"]))
+    common.show(TITLE, ["method", "tuned to", *KINDS], lines(written["rows"]))
     results.write(written, args.out / "spikes.json")
     np.save(args.out / "spikes-norms.npy", recorded())
     figures.draw_spikes(written, args.out / "spikes.png")

@@ -118,8 +118,6 @@ def test_every_case_is_timed(case, progress, optax_promotes):
     assert all(row["milliseconds"] > 0 for row in found.values())
     assert found["ours"]["temporary_mb"] is not None
     assert ("share_of_copy_bandwidth" in found["ours"]) == (case.optimizer is None)
-    printed = command.table(list(found.values()))
-    assert printed.row_count == len(found)
 
 
 @pytest.fixture
@@ -179,6 +177,15 @@ def test_rows_of_another_setting_are_left_out(tmp_path):
     assert results.rows(path, {"a": 2}) == []
 
 
+def test_tables_have_the_columns_that_hold_a_value(capsys):
+    found = [{"a_b": 1000, "c": None}, {"a_b": [1, 2.5], "c": None, "d": "[x]"}]
+    table = results.table(found, "A title")
+    assert (table.title, table.row_count) == ("A title", 2)
+    assert [column.header for column in table.columns] == ["a b", "d"]
+    cells = [list(column.cells) for column in table.columns]
+    assert cells == [["1,000", "1 to 2.5"], ["", r"\[x]"]]
+
+
 # --- Networks.
 
 
@@ -235,12 +242,9 @@ def compiled_rows(target):
 
 
 @pytest.mark.parametrize("name", ["v5e", "h100"])
-def test_compiled_programs_are_shown_as_not_measured(name):
+def test_compiled_programs_are_summed_up_in_groups(name):
     found = compiled_rows(TARGETS[name])
-    printed = accelerators.table(TARGETS[name], found)
-    assert printed.title == f"{TARGETS[name].title}: compiled, not measured"
-    assert printed.row_count == len(found)
-    assert accelerators.exchanged(found[0]["collectives"]) == "2 all-reduce (3)"
+    assert accelerators.shown(found[0])["collectives"] == "2 all-reduce (3)"
     groups = {line["group"] for line in accelerators.summary(found)}
     assert {"one device", "eight devices", "added to AdamW"} < groups
 
