@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -39,8 +39,7 @@ def clip(contender: str, max_norm: float = 1.0) -> optax.GradientTransformation:
     return makers[contender].clip_by_global_norm(max_norm)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mesh:
+class Mesh(NamedTuple):
     """Devices, and what lies where on them.
 
     Attributes:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -126,8 +126,7 @@ class Target:
         return Compiled(program, memory.temp_size_in_bytes, seconds)
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """What compiling gave.
 
     Attributes:

@@ -26,8 +26,8 @@ VALUE_NAMES = {"constant": "threshold", "z-score": "z", "quantile": "q", "skip":
 
 def main(arguments: list[str] | None = None) -> None:
     """Draws each figure beside its results."""
-    out = results.parser("studies.figures", __doc__, common.FOLDER)
-    out = out.parse_args(arguments).out
+    parser = results.parser("studies.figures", __doc__, common.FOLDER)
+    out = parser.parse_args(arguments).out
     spikes = results.read(out / "spikes.json")
     draw_spikes(spikes, out / "spikes.png")
     draw_grid(spikes, out / "spikes-grid.png")
@@ -60,8 +60,7 @@ def draw_spikes(results: dict[str, Any], path: pathlib.Path) -> None:
         label.set_color(style.COLOURS[method])
     style.name_below(
         figure,
-        "test error, log scale: a dot for each seed, a bar for the 95% interval "
-        "of their mean",
+        "test error, log scale: a dot a seed, a bar for their mean's 95% interval",
     )
     style.save(figure, path)
 

@@ -322,15 +322,10 @@ def grid_rows(tuned: Runs, chosen: list[Setting]) -> list[dict[str, Any]]:
 
 def rows(tested: Runs) -> list[dict[str, Any]]:
     """A row for each method and kind of bad batches."""
-    found = {(setting.method, kind): runs for (setting, kind), runs in tested.items()}
-    settings = {setting.method: setting for setting, _ in tested}
+    constant = {kind: r for (s, kind), r in tested.items() if s.method == "constant"}
     return [
-        {
-            **settings[method]._asdict(),
-            "kind": kind,
-            **row(runs, found["constant", kind]),
-        }
-        for (method, kind), runs in found.items()
+        {**setting._asdict(), "kind": kind, **row(runs, constant[kind])}
+        for (setting, kind), runs in tested.items()
     ]
 
 

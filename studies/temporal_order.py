@@ -85,11 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     part = args.out / f"temporal-order-{args.steps}.part.json"
     networks = train_all(args.lengths, args.seeds, args.steps, part)
     file = args.out / "temporal-order.json"
-    setting = {
-        "versions": results.versions(),
-        "steps": args.steps,
-        "seeds": args.seeds,
-    }
+    setting: results.Row = {"versions": results.versions()}
+    setting |= {"steps": args.steps, "seeds": args.seeds}
     others = [r for r in results.rows(file, setting) if r["length"] not in args.lengths]
     rows = sorted([*summarized(networks), *others], key=lambda row: row["length"])
     common.show(TITLE, ["symbols", *METHODS], lines(rows))
