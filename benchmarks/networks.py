@@ -196,7 +196,7 @@ def vision_transformer(width: int = 256, blocks: int = 2) -> Network:
     )
 
 
-def convolutions(widths: tuple[int, ...] = (128, 256)) -> Network:
+def convolutions(widths: tuple[int, ...] = (128,)) -> Network:
     """A residual network on images of 32 × 32 pixels."""
     inputs = (widths[0], *widths)
     stages = [
@@ -223,8 +223,8 @@ def convolutions(widths: tuple[int, ...] = (128, 256)) -> Network:
         x = x.mean(axis=(1, 2))
         return _cross_entropy(_apply(small["head"], x), data["labels"])
 
-    images = _bf16(64, 32, 32, 3)
-    return Network(shapes, loss_of, {"images": images, "labels": _int32(64)})
+    images = _bf16(BATCH, 32, 32, 3)
+    return Network(shapes, loss_of, {"images": images, "labels": _int32(BATCH)})
 
 
 def lstm(width: int = 256, layers: int = 2, steps: int = 64) -> Network:
