@@ -27,6 +27,7 @@ include_patterns = [
     "docs/*.md",
     "notebooks/*.ipynb",
     "benchmarks/README.md",
+    "studies/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 ]

@@ -8,9 +8,13 @@ import json
 import pathlib
 from typing import Any
 
-from benchmarks import report, spikes
+from benchmarks import accelerators
+from studies import spikes
 
-RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
+
 PEERS = ("optax", "by hand")
 TPUS = ("TPU v5e", "TPU v5p", "TPU v6e")
 CONTENDERS = {
@@ -18,12 +22,56 @@ CONTENDERS = {
     "by hand": "by hand",
     "optax": "optax",
     "ours": "optax_globalclip",
+    "z-score": "optax_globalclip, z-score",
+    "skip": "skip_by_global_norm",
 }
+COLUMNS = list(CONTENDERS)[:4]
 
 
 def read(name: str) -> dict[str, Any]:
-    """The results in one file."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """The results in one file, of a benchmark or of a study."""
+    folders = (RESULTS, ROOT / "studies" / "results")
+    (path,) = (f / f"{name}.json" for f in folders if (f / f"{name}.json").exists())
+    return json.loads(path.read_text())
+
+
+def measured_lines(results: dict[str, Any]) -> list[str]:
+    """One line for each case that both clips were timed in."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in results["rows"]:
+        name = f"{row['case']}, {row['dtype']}"
+        cases.setdefault(name, {})[row["contender"]] = row
+    found = []
+    for name, rows in cases.items():
+        found.append(_measured(name, rows))
+        if "leaves of 1,000" in name:
+            found.append(_built(name, rows))
+    return found
+
+
+def _measured(name: str, rows: dict[str, Row]) -> str:
+    ours = rows["ours"]
+    times = [_time(rows.get(who)) for who in ("one read", "by hand", "optax", "ours")]
+    low, high = ours["ratio_quartiles"]
+    memory = [rows[who]["temporary_mb"] for who in ("optax", "ours")]
+    both = "" if None in memory else " → ".join(f"{m:.3g}" for m in memory) + " MB"
+    ratio = f"{ours['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return _line([name, *times, ratio, both])
+
+
+def _built(name: str, rows: dict[str, Row]) -> str:
+    seconds = [rows[who]["build_seconds"] for who in ("by hand", "optax", "ours")]
+    times = (f"{s:.3g} s" for s in seconds)
+    return _line(
+        [f"{name}: to build", "", *times, f"{seconds[2] / seconds[1]:.2f}", ""]
+    )
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return ""
+    added = row["added_milliseconds"]
+    return f"{row['milliseconds'] if added is None else added:.3g} ms"
 
 
 def compiled() -> list[dict[str, Any]]:
@@ -38,7 +86,7 @@ def compiled_lines(results: dict[str, Any]) -> list[str]:
         cells = programs.setdefault(f"{results['target']}: {_program(row)}", {})
         cells[row["contender"]] = f"{_traffic(row)}, {_work(row)}"
     return [
-        _line([name, *(cells.get(who, "–") for who in CONTENDERS)])
+        _line([name, *(cells.get(who, "–") for who in COLUMNS)])
         for name, cells in programs.items()
     ]
 
@@ -68,6 +116,14 @@ def cycles_lines(targets: list[dict[str, Any]]) -> list[str]:
     return [
         _line([program, *(cells.get(tpu, "–") for tpu in TPUS)])
         for program, cells in sorted(lines.items())
+    ]
+
+
+def summary_lines(results: dict[str, Any]) -> list[str]:
+    """What the programs of one target come to: geometric means, and the worst."""
+    return [
+        _line([results["target"], *map(str, line.values())])
+        for line in accelerators.summary(results["rows"])
     ]
 
 
@@ -103,8 +159,7 @@ def _line(cells: Any) -> str:
 def main() -> None:
     """Prints every table's rows under the name of their file."""
     files = {
-        "cpu-2-cores": report.lines,
-        "llama-70b": report.sharding_lines,
+        "cpu-2-cores": measured_lines,
         "compare": compare_lines,
         "spikes": spikes_lines,
     }
@@ -112,6 +167,7 @@ def main() -> None:
         print(f"{name}.json", *lines(read(name)), sep="\n", end="\n\n")
     for results in compiled():
         print(results["target"], *compiled_lines(results), sep="\n")
+        print(*summary_lines(results), sep="\n")
         for lines in compiled_long_lines(results).values():
             print(*lines, sep="\n")
     print("Cycles", *cycles_lines(compiled()), sep="\n")

@@ -14,19 +14,20 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_globalclip
-from benchmarks import by_hand, locks, report, spikes, temporal_order
+from benchmarks import by_hand
 from docs import tables
+from studies import locks, spikes, temporal_order
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
+STUDIES = (ROOT / "studies" / "README.md").read_text()
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 PAGES = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()}
 PAGES |= {"CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text()}
-PAGES |= {"benchmarks/README.md": BENCHMARKS}
+PAGES |= {"benchmarks/README.md": BENCHMARKS, "studies/README.md": STUDIES}
 PAGES |= {f"docs/{name}": text for name, text in DOCS.items()}
 each_page = pytest.mark.parametrize("page", PAGES)
 
@@ -158,7 +159,7 @@ def test_five_lines_by_hand_flush_subnormal_entries():
 
 def test_measured_costs_are_those_that_were_written():
     results = tables.read("cpu-2-cores")
-    written = report.lines(results)
+    written = tables.measured_lines(results)
     claimed = re.findall(r"^\| .* \| [\d.]+ m?s \| .* \|$", README, re.MULTILINE)
     assert len(claimed) >= 6
     assert set(claimed) <= set(written)
@@ -249,36 +250,28 @@ def added_to_a_training_step(target):
     return {name: count / cycles["none"] - 1 for name, count in cycles.items()}
 
 
-def test_sharded_programs_are_those_that_were_written():
-    results = json.loads((RESULTS / "llama-70b.json").read_text())
-    lines = report.sharding_lines(results)
-    assert len(lines) == 12
-    assert not [line for line in lines if line not in BENCHMARKS]
-
-
 def test_study_of_spikes_is_the_one_that_was_written():
     study = tables.read("spikes")
-    page = PAGES["benchmarks/README.md"]
     assert [line[0] for line in spikes.lines(study["rows"])] == list(spikes.METHODS)
-    assert not [line for line in tables.spikes_lines(study) if line not in page]
-    assert f"{study['tested_on']} seeds" in page
+    assert not [line for line in tables.spikes_lines(study) if line not in STUDIES]
+    assert f"{study['tested_on']} seeds" in STUDIES
 
 
 def test_histories_that_lock_zclip_are_those_that_were_written(tmp_path):
     locks.main(["--out", str(tmp_path)])
     rows = json.loads((tmp_path / "locks.json").read_text())["rows"]
-    assert rows == json.loads((RESULTS / "locks.json").read_text())["rows"]
+    assert rows == tables.read("locks")["rows"]
     for row in rows:
-        assert f"| {row['history']} | {row['zclip']} | {row['ours']} |" in BENCHMARKS
+        assert f"| {row['history']} | {row['zclip']} | {row['ours']} |" in STUDIES
 
 
 def test_study_of_the_paper_is_the_one_that_was_written():
-    study = json.loads((RESULTS / "temporal-order.json").read_text())
-    assert f"at most {study['steps']:,} updates" in BENCHMARKS
+    study = tables.read("temporal-order")
+    assert f"at most {study['steps']:,} updates" in STUDIES
     lines = temporal_order.lines(study["rows"])
     assert len(lines) == len(temporal_order.LENGTHS)
     for line in lines:
-        assert f"| {' | '.join(line)} |" in BENCHMARKS
+        assert f"| {' | '.join(line)} |" in STUDIES
     notebook = (ROOT / "notebooks" / "5-recurrent-networks.ipynb").read_text()
     for method in temporal_order.METHODS:
         solved = [row["solved"] for row in study["rows"] if row["method"] == method]
