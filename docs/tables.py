@@ -9,13 +9,28 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 CONTENDERS = ("none", "by hand", "optax", "ours")
+Row = dict[str, Any]
 
 
 def read(name: str) -> dict[str, Any]:
-    """The results in one file."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """The results in one file, of a benchmark or of a study."""
+    paths = (folder / f"{name}.json" for folder in (RESULTS, ROOT / "studies/results"))
+    return next(json.loads(path.read_text()) for path in paths if path.exists())
+
+
+def measured_lines(results: dict[str, Any]) -> list[str]:
+    """One line for each case that both clips were timed in: for benchmarks/README."""
+    found = []
+    for name, rows in programs(results).items():
+        # Neither how cost grows, nor the norm beside one that is not Optax's.
+        if "optax" in rows and not name.startswith(("parameters", "leaves")):
+            found.append(_measured(name, rows))
+            if "leaves of 1,000" in name:
+                found.append(_built(name, rows))
+    return found
 
 
 def compiled() -> dict[str, dict[str, Any]]:
@@ -25,21 +40,22 @@ def compiled() -> dict[str, dict[str, Any]]:
     return {results["target"]: results for results in found}
 
 
-def programs(results: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+def programs(results: dict[str, Any]) -> dict[str, dict[str, Row]]:
     """Of each program the row of each contender."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, Row]] = {}
     for row in results["rows"]:
-        program = f"{row['case'].removeprefix('added to ')}, {row['dtype']}"
+        program = f"{row['case']}, {row['dtype']}"
         found.setdefault(program, {})[row["contender"]] = row
     return found
 
 
 def compiled_lines(results: dict[str, Any]) -> list[str]:
     """One line for each program: traffic and work, a cell for each contender."""
-    return [
-        _line([name, *(_cell(rows.get(who)) for who in CONTENDERS)])
-        for name, rows in sorted(programs(results).items())
-    ]
+    lines = []
+    for name, rows in programs(results).items():
+        cells = (_cell(rows.get(who)) for who in CONTENDERS)
+        lines.append(_line([name.removeprefix("added to "), *cells]))
+    return sorted(lines)
 
 
 def compare_lines(results: dict[str, Any]) -> list[str]:
@@ -47,7 +63,31 @@ def compare_lines(results: dict[str, Any]) -> list[str]:
     return [_line([row["case"], row["optax"], row["ours"]]) for row in results["rows"]]
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _measured(name: str, rows: dict[str, Row]) -> str:
+    ours = rows["ours"]
+    times = [_time(rows.get(who)) for who in ("one read", "by hand", "optax", "ours")]
+    low, high = ours["ratio_quartiles"]
+    memory = [rows[who]["temporary_mb"] for who in ("optax", "ours")]
+    both = "" if None in memory else " → ".join(f"{m:.3g}" for m in memory) + " MB"
+    ratio = f"{ours['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return _line([name, *times, ratio, both])
+
+
+def _built(name: str, rows: dict[str, Row]) -> str:
+    seconds = [rows[who]["build_seconds"] for who in ("by hand", "optax", "ours")]
+    times = (f"{s:.3g} s" for s in seconds)
+    ratio = f"{seconds[2] / seconds[1]:.2f}"
+    return _line([f"{name}: to build", "", *times, ratio, ""])
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return ""
+    added = row["added_milliseconds"]
+    return f"{row['milliseconds'] if added is None else added:.3g} ms"
+
+
+def _cell(row: Row | None) -> str:
     """GB; million cycles where the compiler estimates them (TPUs), else kernels."""
     if row is None:
         return "–"
@@ -63,6 +103,7 @@ def _line(cells: Iterable[str]) -> str:
 def main() -> None:
     """Prints every table's rows under the name of their file."""
     print("compare.json", *compare_lines(read("compare")), sep="\n", end="\n\n")
+    print("cpu-2-cores.json", *measured_lines(read("cpu-2-cores")), sep="\n")
     for target, results in compiled().items():
         print(target, *compiled_lines(results), sep="\n", end="\n\n")
 
