@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from benchmarks import accelerators, by_hand, targets, transformer
+from benchmarks import accelerators, by_hand, cases, networks, targets
 from optax_globalclip import (
     clip_by_global_norm,
     quantile_threshold,
@@ -58,11 +58,8 @@ def leaf(*shape, dtype="float32", sharding=None):
 
 def four_blocks(dtype):
     """52 of GPT-2's leaves: too large for the VMEM of a TPU."""
-    return jax.tree.map(
-        lambda shape: leaf(*shape, dtype=dtype),
-        transformer.shapes(4),
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    shapes = networks.gpt2_small()
+    return networks.abstract(shapes | {"blocks": shapes["blocks"][:4]}, dtype)
 
 
 def size_of(tree):
@@ -163,8 +160,10 @@ def test_training_step_costs_no_more(target):
     if target.name == "v6e":
         pytest.skip("compiles for a minute, and the sums are those of a v5e")
     # The sums must fuse with the backward pass. If not, they cost up to half the step.
-    step = accelerators.dense_training_step(layers=4)
-    theirs, ours = (step.program(target, clip).program for clip in ("optax", "ours"))
+    case = cases.training_step("dense", "float32")
+    theirs, ours = (
+        accelerators.compiled(target, case, clip).program for clip in ("optax", "ours")
+    )
     assert cost_of(ours) <= 1.02 * cost_of(theirs)
 
 

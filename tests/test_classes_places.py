@@ -189,7 +189,8 @@ def test_leaves_whose_sum_is_pending_count_as_summed(place, measure, ord):
         y = Y.copy()
         y[0, 0] += bad
         found, norm = run(X, y)
-        whole = [X.T @ y, OTHER]
+        with np.errstate(invalid="ignore"):
+            whole = [X.T @ y, OTHER]
         if bad == 0:
             counted = whole[:1] if measure == "leaves" else whole
             np.testing.assert_allclose(norm, oracle.norm(counted, ord), 2e-6)
@@ -216,7 +217,6 @@ INNER = {
     "clip and sgd": lambda: optax.chain(
         clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9, nesterov=True)
     ),
-    "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2),
 }
 
 
@@ -232,17 +232,10 @@ def test_skip_takes_states_laid_out_otherwise(case, inner, types):
     )
     tx = skip_by_global_norm(bare, 1e3)
     state = tx.init(grads)
-    moments = [x.ndim > 0 for x in jax.tree.leaves(state.inner_state)]
-    expected = jax.tree.unflatten(
-        jax.tree.structure(state.inner_state),
-        [
-            jax.device_put(x, of_moments) if is_moment else x
-            for x, is_moment in zip(
-                jax.tree.leaves(state.inner_state), moments, strict=True
-            )
-        ],
+    expected = jax.tree.map(
+        lambda x: jax.device_put(x, of_moments) if x.ndim else x, state.inner_state
     )
-    state, right = state._replace(inner_state=expected), grads
+    state = state._replace(inner_state=expected)
     for scale in (1.0, math.nan, 0.5):
         scaled = [grads[0] * np.float32(scale)]
         found, state = jax.jit(tx.update)(scaled, state, grads)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from benchmarks.trees import gpt2_small_shapes
+from benchmarks.networks import gpt2_small
 from optax_globalclip import global_norm, leaf_norms
 
 ORDS = [1, 1.5, 2, 3, 10.0, math.inf]
@@ -76,7 +76,7 @@ def test_norm_of_any_size(size, dtype):
 @dtypes
 @pytest.mark.parametrize(
     "shapes",
-    [[(1000,)] * 1000, gpt2_small_shapes(), (2**25,)],
+    [[(1000,)] * 1000, gpt2_small(), (2**25,)],
     ids=["1,000 leaves", "GPT-2", "one leaf"],
 )
 def test_norm_of_millions_of_entries(shapes, dtype):

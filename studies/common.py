@@ -1,7 +1,37 @@
-"""The recurrence that both studies train, with a gradient that is cheap on a CPU."""
+"""What the studies share: a recurrence, intervals, and a table."""
+
+import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from benchmarks import results
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+LEVEL = 0.95
+
+
+def interval_of_share(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's interval around the share of trials that succeeded."""
+    found = scipy.stats.binomtest(successes, trials)
+    interval = found.proportion_ci(LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def interval_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """Student's interval around the mean of values, of which there are two or more."""
+    quantile = scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+    margin = scipy.stats.sem(values) * quantile
+    return float(np.mean(values) - margin), float(np.mean(values) + margin)
+
+
+def show(title: str, headings: Sequence[str], lines: list[list[str]]) -> None:
+    """Prints a table."""
+    rows = [dict(zip(headings, line, strict=True)) for line in lines]
+    results.console().print(results.table(rows, title))
 
 
 @jax.custom_vjp

@@ -1,23 +1,20 @@
-"""Whether thresholds free themselves: ``python -m benchmarks.locks``.
+"""Whether thresholds free themselves: ``python -m studies.locks``.
 
 Plain ZClip clips for ever after some histories. The command feeds those to it and to
 ``zscore_threshold``, and counts the steps that each clips. It takes a few seconds.
 """
 
 import math
-import pathlib
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 
+from benchmarks import results
 from optax_globalclip import zscore_threshold
 
-from . import command
-from .__main__ import RESULTS, versions
+from . import common
 
 Z, DECAY, WARMUP_STEPS = 2.5, 0.97, 25
 STEPS = 1000
@@ -25,15 +22,12 @@ STEPS = 1000
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs every history, prints the table and writes it."""
-    parser = command.parser("locks", __doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
-    args = parser.parse_args(arguments)
+    parser = results.parser("studies.locks", __doc__, common.FOLDER)
+    out = parser.parse_args(arguments).out
     rows = [row(name, norms) for name, norms in histories().items()]
-    table = rich.table.Table(f"of {STEPS} steps after it, clipped", "ZClip", "ours")
-    for each in rows:
-        table.add_row(*map(str, each.values()))
-    rich.console.Console().print(table)
-    command.write({"versions": versions(), "rows": rows}, args.out / "locks.json")
+    title = f"Clipped of the {STEPS} steps after it"
+    results.console().print(results.table(rows, title))
+    results.write({"versions": results.versions(), "rows": rows}, out / "locks.json")
 
 
 def histories() -> dict[str, np.ndarray]:

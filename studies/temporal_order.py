@@ -1,4 +1,4 @@
-"""The paper that clipping comes from: ``python -m benchmarks.temporal_order``.
+"""The paper that clipping comes from: ``python -m studies.temporal_order``.
 
 Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks
 (arXiv 1211.5063), section 4.1: a recurrent network of 50 tanh units tells in which
@@ -13,7 +13,6 @@ The rows of other lengths stay in the file, if they are of as many steps and see
 
 import functools
 import itertools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,15 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
 import rich.progress
-import rich.table
 
+from benchmarks import results
 from optax_globalclip import clip_updates
 
-from . import command, intervals, temporal_order_figure
-from .__main__ import RESULTS, versions
-from .recurrent import last_hidden
+from . import common, figures
 
 UNITS = 50
 BATCH_SIZE = 20
@@ -46,6 +42,7 @@ SEEDS = 20
 
 MAX_NORMS = {"no clipping": np.inf, "clipped": 1.0}
 METHODS = tuple(MAX_NORMS)
+TITLE = "Seeds that tell the order of two symbols"
 
 Params = dict[str, jax.Array]
 
@@ -80,57 +77,44 @@ class Trained(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains every network, prints the table, writes it and the figure."""
-    parser = command.parser("temporal_order", __doc__)
+    parser = results.parser("studies.temporal_order", __doc__, common.FOLDER)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--steps", type=int, default=STEPS, help="at most, a network")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
     part = args.out / f"temporal-order-{args.steps}.part.json"
     networks = train_all(args.lengths, args.seeds, args.steps, part)
     file = args.out / "temporal-order.json"
-    setting = {"versions": versions(), "steps": args.steps, "seeds": args.seeds}
-    rows = with_other_lengths(summarized(networks), file, setting)
-    rich.console.Console().print(table(rows))
-    results = {**setting, "rows": rows}
-    command.write(results, file)
+    setting: results.Row = {"versions": results.versions()}
+    setting |= {"steps": args.steps, "seeds": args.seeds}
+    others = [r for r in results.rows(file, setting) if r["length"] not in args.lengths]
+    rows = sorted([*summarized(networks), *others], key=lambda row: row["length"])
+    common.show(TITLE, ["symbols", *METHODS], lines(rows))
+    written = setting | {"rows": rows}
+    results.write(written, file)
     part.unlink(missing_ok=True)
-    temporal_order_figure.draw(results, args.out / "temporal-order.png")
+    figures.draw_temporal_order(written, file.with_suffix(".png"))
     print(f"Written to {args.out}: temporal-order.json, temporal-order.png")
-
-
-def with_other_lengths(
-    rows: list[dict[str, Any]], file: pathlib.Path, setting: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The rows, and those that the file has of other lengths in this setting."""
-    written = json.loads(file.read_text()) if file.exists() else {}
-    if {name: written.get(name) for name in setting} == setting:
-        lengths = {row["length"] for row in rows}
-        rows = [*rows, *(r for r in written["rows"] if r["length"] not in lengths)]
-    return sorted(rows, key=lambda row: row["length"])
 
 
 def train_all(
     lengths: list[int], seeds: int, steps: int, part: pathlib.Path
 ) -> list[Trained]:
     """Trains the networks that ``part`` lacks, adding each to it; returns them all."""
-    kept = json.loads(part.read_text()) if part.exists() else []
-    done = {Trained(*each)[:3]: Trained(*each) for each in kept}
+    kept = (Trained(**row) for row in results.rows(part, {}))
+    done = {network[:3]: network for network in kept}
+    wanted = list(itertools.product(lengths, METHODS, range(seeds)))
     with rich.progress.Progress() as progress:
-        for length in lengths:
-            networks = list(itertools.product([length], METHODS, range(seeds)))
-            total = steps * len(networks)
-            task = progress.add_task(f"{length} symbols", total=total)
-            for i, network in enumerate(networks):
-                if network not in done:
-                    advance = functools.partial(progress.advance, task, CHECK_EVERY)
-                    done[network] = train(*network, steps, advance)
-                    part.write_text(json.dumps(list(done.values())))
-                progress.update(task, completed=(i + 1) * steps)
-    return [
-        done[network] for network in itertools.product(lengths, METHODS, range(seeds))
-    ]
+        task = progress.add_task("", total=steps * len(wanted))
+        for i, network in enumerate(wanted):
+            progress.update(task, description=f"{network[0]} symbols")
+            if network not in done:
+                advance = functools.partial(progress.advance, task, CHECK_EVERY)
+                done[network] = train(*network, steps, advance)
+                found = [trained._asdict() for trained in done.values()]
+                results.write({"rows": found}, part)
+            progress.update(task, completed=(i + 1) * steps)
+    return [done[network] for network in wanted]
 
 
 def train(
@@ -217,7 +201,9 @@ def draw(key: jax.Array, size: int, length: int) -> Batch:
 def logits_of(params: Params, symbols: jax.Array) -> jax.Array:
     """[length, batch] to [batch, 4]."""
     read = jax.nn.one_hot(symbols, 6) @ params["read"]
-    hidden = last_hidden(params["recur"], read + params["hidden_bias"][None, None])
+    hidden = common.last_hidden(
+        params["recur"], read + params["hidden_bias"][None, None]
+    )
     return hidden @ params["write"] + params["bias"][None]
 
 
@@ -244,7 +230,7 @@ def summarized(networks: list[Trained]) -> list[dict[str, Any]]:
 
 def _row(length: int, method: str, networks: list[Trained]) -> dict[str, Any]:
     solved = sum(each.solved_at > 0 for each in networks)
-    low, high = intervals.of_share(solved, len(networks))
+    low, high = common.interval_of_share(solved, len(networks))
     return {
         "length": length,
         "method": method,
@@ -255,17 +241,6 @@ def _row(length: int, method: str, networks: list[Trained]) -> dict[str, Any]:
         "solved_at": [each.solved_at for each in networks],
         "errors": [each.error for each in networks],
     }
-
-
-def table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    """How many seeds were solved, for each length and method."""
-    found = rich.table.Table(title="Seeds that tell the order of two symbols")
-    found.add_column("symbols", justify="right")
-    for method in METHODS:
-        found.add_column(method, justify="right")
-    for line in lines(rows):
-        found.add_row(*line)
-    return found
 
 
 def lines(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The figures of ``benchmarks.spikes``: the test, and the grid before it."""
+"""The figures of the studies: ``python -m studies.figures`` draws them all anew."""
 
 import itertools
 import pathlib
@@ -9,7 +9,9 @@ import matplotlib.patches
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import style
+from benchmarks import results, style
+
+from . import common
 
 TITLES = {
     "clean": "No bad batch",
@@ -18,12 +20,24 @@ TITLES = {
     "labels": "Random labels,\n1 batch in 20",
     "NaN": "A NaN in\n1 batch in 100",
 }
-AXES = {"constant": "threshold", "z-score": "z", "quantile": "q", "skip": "z"}
+# What is chosen for each method.
+VALUE_NAMES = {"constant": "threshold", "z-score": "z", "quantile": "q", "skip": "z"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draws each figure beside its results."""
+    parser = results.parser("studies.figures", __doc__, common.FOLDER)
+    out = parser.parse_args(arguments).out
+    spikes = results.read(out / "spikes.json")
+    draw_spikes(spikes, out / "spikes.png")
+    draw_grid(spikes, out / "spikes-grid.png")
+    path = out / "temporal-order.json"
+    draw_temporal_order(results.read(path), path.with_suffix(".png"))
 
 
 @style.applied
-def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """A panel for each kind of bad batches, a row of dots for each method."""
+def draw_spikes(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws a panel for each kind of bad batches, with dots for each method."""
     rows = results["rows"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
@@ -44,11 +58,9 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     first.set_ylim(len(methods) - 0.5, -0.5)
     for label, method in zip(first.get_yticklabels(), methods, strict=True):
         label.set_color(style.COLOURS[method])
-    figure.supxlabel(
-        "test error, log scale: a dot for each seed, a bar for the 95% interval "
-        "of their mean",
-        color=style.TEXT,
-        fontsize=10,
+    style.name_below(
+        figure,
+        "test error, log scale: a dot a seed, a bar for their mean's 95% interval",
     )
     style.save(figure, path)
 
@@ -82,12 +94,10 @@ def draw_grid(results: dict[str, Any], path: pathlib.Path) -> None:
     for axes, method in zip(panels, methods, strict=True):
         _heat_map(axes, [row for row in grid if row["method"] == method])
         axes.set_title(method, color=style.COLOURS[method])
-        axes.set_xlabel(AXES.get(method, ""))
+        axes.set_xlabel(VALUE_NAMES.get(method, ""))
     panels[0].set_ylabel("learning rate")
-    figure.supxlabel(
-        "mean test accuracy in %, over all kinds of bad batches; framed: chosen",
-        color=style.TEXT,
-        fontsize=10,
+    style.name_below(
+        figure, "mean test accuracy in %, over all kinds of bad batches; framed: chosen"
     )
     style.save(figure, path)
 
@@ -114,3 +124,45 @@ def _heat_map(axes: matplotlib.axes.Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+@style.applied
+def draw_temporal_order(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws a line for each method, with its intervals, labelled at its end."""
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    methods = list(dict.fromkeys(row["method"] for row in results["rows"]))
+    for i, method in enumerate(methods):
+        rows = [row for row in results["rows"] if row["method"] == method]
+        # Beside one another, where both methods are the same.
+        lengths = np.array([row["length"] for row in rows]) + 0.8 * (i - 0.5)
+        shares = 100 * np.array([row["solved"] / row["of"] for row in rows])
+        low, high = 100 * np.array([row["interval"] for row in rows]).T
+        colour = style.COLOURS[method]
+        axes.plot(lengths, shares, "o-", color=colour, lw=2, ms=6)
+        axes.vlines(lengths, low, high, color=colour, lw=1.5, alpha=0.7)
+        axes.annotate(
+            method,
+            (lengths[-1], shares[-1]),
+            # Apart, also where both lines end at one point.
+            (9, 12 * i),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            weight="bold",
+        )
+    axes.set(
+        xlabel="symbols in a sequence (bars: 95% intervals)",
+        ylabel="networks that succeed",
+        ylim=(-3, 103),
+        yticks=[0, 25, 50, 75, 100],
+        yticklabels=["0%", "25%", "50%", "75%", "100%"],
+        xticks=sorted({row["length"] for row in results["rows"]}),
+        title=f"Order of two symbols: {results['seeds']} networks each, at most "
+        f"{results['steps']:,} updates",
+    )
+    axes.margins(x=0.03)
+    style.save(figure, path)
+
+
+if __name__ == "__main__":
+    main()

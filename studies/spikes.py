@@ -1,4 +1,4 @@
-"""Which threshold survives bad batches: ``python -m benchmarks.spikes``.
+"""Which threshold survives bad batches: ``python -m studies.spikes``.
 
 Trains a small recurrent network on handwritten digits, some of whose batches are bad:
 scaled, in bursts, with wrong labels, or with a NaN. Each method drops updates that are
@@ -12,7 +12,6 @@ Writes the tables, a figure of each, and the norms that tests and a notebook pla
 import functools
 import itertools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
 import rich.progress
-import rich.table
 
+from benchmarks import results
 from optax_globalclip import (
     clip_by_global_norm,
     metrics,
@@ -33,9 +31,7 @@ from optax_globalclip import (
 )
 from optax_globalclip._demo import BATCH_SIZE, Digits, load_sequences
 
-from . import command, intervals, spikes_figure
-from .__main__ import RESULTS, versions
-from .recurrent import last_hidden
+from . import common, figures
 
 UNITS = 64
 PIXELS = 4  # That a step of the sequence reads: 16 steps for the 64 pixels.
@@ -50,7 +46,7 @@ VALUES: dict[str, tuple[float | None, ...]] = {
     "skip": (2.5, 4.0, 6.0, 12.0),
 }
 METHODS = tuple(VALUES)
-VALUE_NAMES = {"constant": "threshold", "z-score": "z", "quantile": "q", "skip": "z"}
+TITLE = "Test accuracy in %, mean and 95% interval"
 KINDS = {
     "clean": "no bad batch",
     "scaled": "1 in 100 has its gradient times 1,000",
@@ -107,11 +103,10 @@ Runs = dict[tuple[Setting, str], list[Run]]
 
 def main(arguments: list[str] | None = None) -> None:
     """Tunes and tests every method, prints the table, writes all and the figures."""
-    parser = command.parser("spikes", __doc__)
+    parser = results.parser("studies.spikes", __doc__, common.FOLDER)
     parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
     parser.add_argument("--tuned-on", type=int, default=TUNED_ON, help="how many seeds")
     parser.add_argument("--tested-on", type=int, default=TESTED_ON, help="how many")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args(arguments)
     tuning = range(args.tuned_on)
     testing = range(args.tuned_on, args.tuned_on + args.tested_on)
@@ -119,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
         tuned = train_all(grid(), tuning, args.steps, progress, "Tuning")
         chosen = best(tuned)
         tested = train_all(chosen, testing, args.steps, progress, "Testing")
-    results = {
-        "versions": versions(),
+    written = {
+        "versions": results.versions(),
         "steps": args.steps,
         "tuned_on": args.tuned_on,
         "tested_on": args.tested_on,
@@ -128,11 +123,11 @@ def main(arguments: list[str] | None = None) -> None:
         "grid": grid_rows(tuned, chosen),
         "rows": rows(tested),
     }
-    rich.console.Console(width=150).print(table(results["rows"]))
-    command.write(results, args.out / "spikes.json")
+    common.show(TITLE, ["method", "tuned to", *KINDS], lines(written["rows"]))
+    results.write(written, args.out / "spikes.json")
     np.save(args.out / "spikes-norms.npy", recorded())
-    spikes_figure.draw(results, args.out / "spikes.png")
-    spikes_figure.draw_grid(results, args.out / "spikes-grid.png")
+    figures.draw_spikes(written, args.out / "spikes.png")
+    figures.draw_grid(written, args.out / "spikes-grid.png")
     print(f"Written to {args.out}: spikes.json, two figures and spikes-norms.npy")
 
 
@@ -285,7 +280,9 @@ def initial(seed: int) -> dict[str, np.ndarray]:
 def logits_of(params: Params, images: jax.typing.ArrayLike) -> jax.Array:
     """[batch, length, pixels] to [batch, 10]."""
     read = jnp.asarray(images).swapaxes(0, 1) @ params["read"]
-    hidden = last_hidden(params["recur"], read + params["hidden_bias"][None, None])
+    hidden = common.last_hidden(
+        params["recur"], read + params["hidden_bias"][None, None]
+    )
     return hidden @ params["write"] + params["bias"][None]
 
 
@@ -318,26 +315,17 @@ def grid_means(tuned: Runs) -> dict[Setting, float]:
 def grid_rows(tuned: Runs, chosen: list[Setting]) -> list[dict[str, Any]]:
     """A row for each setting of the grid."""
     return [
-        {
-            **setting._asdict(),
-            "accuracy": round(mean, 4),
-            "chosen": setting in chosen,
-        }
+        {**setting._asdict(), "accuracy": round(mean, 4), "chosen": setting in chosen}
         for setting, mean in grid_means(tuned).items()
     ]
 
 
 def rows(tested: Runs) -> list[dict[str, Any]]:
     """A row for each method and kind of bad batches."""
-    found = {(setting.method, kind): runs for (setting, kind), runs in tested.items()}
-    settings = {setting.method: setting for setting, _ in tested}
+    constant = {kind: r for (s, kind), r in tested.items() if s.method == "constant"}
     return [
-        {
-            **settings[method]._asdict(),
-            "kind": kind,
-            **row(runs, found["constant", kind]),
-        }
-        for (method, kind), runs in found.items()
+        {**setting._asdict(), "kind": kind, **row(runs, constant[kind])}
+        for (setting, kind), runs in tested.items()
     ]
 
 
@@ -363,7 +351,7 @@ def row(runs: list[Run], constant: list[Run]) -> dict[str, Any]:
 def _with_interval(name: str, values: np.ndarray) -> dict[str, Any]:
     if len(values) < 2:
         return {name: None, f"{name}_interval": None}
-    interval = intervals.of_mean(values)
+    interval = common.interval_of_mean(values)
     return {
         name: round(float(values.mean()), 4),
         f"{name}_interval": [round(each, 4) for each in interval],
@@ -384,16 +372,6 @@ def recorded(steps: int = 2000) -> np.ndarray:
     return np.asarray(run.norms)
 
 
-def table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    """A line for each method, a column for each kind."""
-    found = rich.table.Table(title="Test accuracy in %, mean and 95% interval")
-    for column in ("", "tuned to", *KINDS):
-        found.add_column(column)
-    for line in lines(rows):
-        found.add_row(*line)
-    return found
-
-
 def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The table's cells, here and where it is shown."""
     methods = dict.fromkeys(row["method"] for row in rows)
@@ -406,7 +384,7 @@ def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def _setting(row: dict[str, Any]) -> str:
     rate = f"rate {row['learning_rate']:g}"
-    name = VALUE_NAMES.get(row["method"])
+    name = figures.VALUE_NAMES.get(row["method"])
     return f"{name} {row['value']:g}, {rate}" if name else rate
 
 

@@ -2,13 +2,14 @@
 
 On each machine the same command, but for its number; the first machine coordinates:
 
-    python -m benchmarks.machines --coordinator 10.0.0.1:1234 --processes 2 --process 0
-    python -m benchmarks.machines --coordinator 10.0.0.1:1234 --processes 2 --process 1
+    python -m examples.machines --coordinator 10.0.0.1:1234 --processes 2 --process 0
+    python -m examples.machines --coordinator 10.0.0.1:1234 --processes 2 --process 1
 
 With 127.0.0.1 for the address both can be run on one machine. JAX does the rest: the
 training step is the one for a single device, and the norm is that of all gradients.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optax_globalclip import clip_by_global_norm, metrics
 from optax_globalclip._demo import Network, draw_batches, load_sequences
 
-from . import command
-
 BATCH_SIZE = 48  # Of the 50 drawn, so that 2, 3, 4, 6, 8 or 12 devices share it.
 
 TX = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9))
@@ -30,7 +29,11 @@ TX = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.05, momentum=0.9))
 
 def main(arguments: list[str] | None = None) -> None:
     """Joins the others, and trains with each layout in turn."""
-    parser = command.parser("machines", __doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.machines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--coordinator", default="127.0.0.1:1234", metavar="HOST:PORT")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
