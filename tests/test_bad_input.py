@@ -171,7 +171,7 @@ ROWS = [
     (lambda: quantile_threshold(None), T, "q None pass"),
     (lambda: quantile_threshold(90), V, "q= 90 pass"),
     (lambda: quantile_threshold(0, window=0), V, "window= 0 pass"),
-    (lambda: quantile_threshold(0, warmup_steps=None), V, "warmup_steps= None"),
+    (lambda: quantile_threshold(0, warmup_steps=None), T, "warmup_steps None"),
     # What is static there.
     (lambda: quantile_threshold(jnp.float32(1)), T, "q array static_args"),
     (lambda: quantile_threshold(0, window=THREE), T, "window static_args"),
