@@ -318,6 +318,11 @@ def test_states_lie_where_the_parameters_lie(place, is_set, name):
     def type_of(leaf):
         return str(jax.typeof(leaf)), leaf.sharding, leaf.weak_type
 
+    def own(state):
+        return (
+            state._replace(inner_state=0) if "inner_state" in state._fields else state
+        )
+
     def update(grads, state):
         return tx.update(grads, state, grads)
 
@@ -328,12 +333,13 @@ def test_states_lie_where_the_parameters_lie(place, is_set, name):
         # Ahead of time too: such a program takes no other placement.
         step = jax.jit(update).lower(params, first).compile()
         with oracle.compilations() as compiled, jax.transfer_guard("disallow"):
-            traced = jax.jit(update)
+            traced = jax.jit(lambda grads, state: update(grads, state))
             for _ in range(3):
                 _, first = step(params, first)
                 _, state = traced(params, state)
         assert len(compiled) == 1
-        types = [jax.tree.map(type_of, x) for x in (first, state, tx.init(params))]
+        ours = [own(each) for each in (first, state, tx.init(params))]
+        types = [jax.tree.map(type_of, each) for each in ours]
         assert types[0] == types[1] == types[2]
 
 
