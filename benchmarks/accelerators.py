@@ -7,244 +7,108 @@ NOTHING IS MEASURED. The compilers for TPUs and GPUs need an environment each:
     pip install -e '.[demo,tpu]' && python -m benchmarks.accelerators
     pip install -e '.[demo]' 'jax[cuda12]' && python -m benchmarks.accelerators
 
-Each run writes results/compiled-<target>.json, and the figure of all such files. A run
-of some cases or contenders replaces their rows there, and keeps the others.
+Each row is written to results/compiled-<target>.json when it is done. If the command is
+started again, it compiles only what is missing. Rows of this library are missing if its
+code has changed, and all rows if a version has. To try one form of the clip:
+
+    python -m benchmarks.accelerators --targets v5e --cases decoder --contenders ours
 """
 
-import argparse
-import dataclasses
-import importlib.metadata
-import json
-import pathlib
-import sys
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import rich.console
 import rich.progress
-import rich.table
+from jax.sharding import NamedSharding, PartitionSpec as P
 
-from . import cases, command, compiled_figure, dense, sharding, transformer
+from . import cases, results
+from .cases import PEERS, Case
+from .results import Row
 from .targets import TARGETS, Compiled, Target, available
-from .trees import gpt2_small_shapes, resnet50_shapes
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 NOT_MEASURED = "Compiled, not measured"
-VERSIONS = ("jax", "optax", "optax_globalclip", "libtpu", "jax-cuda12-plugin")
-MESH = (32, 8)
-HEADINGS = (
-    "case",
-    "dtype",
-    "contender",
-    "HBM GB",
-    "kernels",
-    "million cycles",
-    "control flow",
-    "collectives",
-    "temporary MB",
-    "build s",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is compiled with each clip.
-
-    Attributes:
-      name: what it is.
-      dtype: of the gradients.
-      program: compiles it for a target, with the clip of a contender.
-      contenders: by name; "none" only where something remains without a clip.
-    """
-
-    name: str
-    dtype: str
-    program: Callable[[Target, str], Compiled]
-    contenders: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """As the progress bar shows it, and ``--cases`` selects it."""
-        return f"{self.name}, {self.dtype}"
-
-    def only(self, names: Sequence[str]) -> "Case":
-        """The case with some of its contenders."""
-        kept = tuple(name for name in self.contenders if name in names)
-        return dataclasses.replace(self, contenders=kept)
+# A GPU's compiler estimates no cycles: the time of its memory traffic and its kernels.
+BYTES_PER_SECOND, SECONDS_PER_KERNEL = 3.35e12, 2e-6
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compiles every program, prints the tables, and writes them with a figure."""
-    args = _parser().parse_args(arguments)
-    todo = [
-        case.only(args.contenders or case.contenders)
-        for case in plan(quick=args.quick)
-        if args.cases in str(case)
-    ]
-    # Constants are arrays too, and may not be put on the accelerator.
-    jax.config.update("jax_platforms", "cpu")
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 150)
-    for target in _selected(args.targets):
-        rows = run(target, todo, console)
-        console.print(table(target, rows))
-        path = args.out / f"compiled-{target.name}.json"
-        command.write(merged(path, target, rows), path)
-        console.print(f"{NOT_MEASURED}. Written to {path}")
-    compiled_figure.draw(args.out)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("accelerators", __doc__)
-    parser.add_argument("--quick", action="store_true", help="AdamW in float32")
+    """Compiles every program, writes it, and prints the tables."""
+    parser = results.parser("benchmarks.accelerators", __doc__)
     parser.add_argument("--cases", default="", metavar="NAME", help="a part of theirs")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS))
-    parser.add_argument("--contenders", nargs="+", choices=list(contenders()))
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, metavar="DIR")
-    return parser
+    parser.add_argument("--contenders", nargs="+", choices=cases.EVERY)
+    parser.add_argument("--anew", action="store_true", help="also what is not missing")
+    args = parser.parse_args(arguments)
+    # Constants are arrays too, and may not be put on the accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    console = results.console()
+    if not (names := args.targets or list(available())):
+        parser.error("Install a compiler: " + TARGETS["v5e"].install)
+    for target in (TARGETS[name] for name in names):
+        path = args.out / f"compiled-{target.name}.json"
+        plan = cases.compiled(target.name)
+        chosen = [
+            (case, contender)
+            for case in plan
+            for contender in case.contenders
+            if args.cases in str(case)
+            and contender in (args.contenders or case.contenders)
+        ]
+        rows = run(target, plan, chosen, path, anew=args.anew, console=console)
+        title = f"{target.title}: {NOT_MEASURED.lower()}"
+        console.print(results.table(map(shown, rows), title))
+        console.print(results.table(summary(rows), title))
+        console.print(f"{NOT_MEASURED}. Written to {path}")
 
 
-def _selected(names: list[str] | None) -> list[Target]:
-    """The targets asked for, or all that there are compilers for."""
-    selected = [TARGETS[name] for name in names or available()]
-    missing = {each.install for each in selected if not each.is_available}
-    if not selected:
-        missing = {each.install for each in TARGETS.values()}
-    if missing:
-        sys.exit("No compiler for that. Install one: " + "; or ".join(sorted(missing)))
-    return selected
+def run(
+    target: Target,
+    plan: list[Case],
+    chosen: list[tuple[Case, str]],
+    path: Any,
+    *,
+    anew: bool,
+    console: Any,
+) -> list[Row]:
+    """Compiles what is missing of the chosen programs; returns the rows of all these.
 
-
-# --- The cases.
-
-
-def plan(*, quick: bool) -> list[Case]:
-    """Those of ``python -m benchmarks``, whole training steps, and 70B parameters."""
-    gpt2 = gpt2_small_shapes()
-    dtypes = ("float32", "bfloat16", "float16")
-    if quick:
-        return [optimizer_step("AdamW", gpt2, dtype) for dtype in dtypes[:1]]
-    return [
-        *(optimizer_step(name, gpt2, d) for name in cases.OPTIMIZERS for d in dtypes),
-        optimizer_step("AdamW", transformer.shapes(2), "float32", "two blocks"),
-        gpt2_training_step(),
-        *map(dense_training_step, (4, 2)),
-        *(alone("clip alone, one leaf of 2^26", (2**26,), dtype) for dtype in dtypes),
-        alone("2,000 leaves of 1,000", [(1000,)] * 2000, "float32", donate=False),
-        alone("ResNet-50", resnet50_shapes(), "float32"),
-        *(llama(mode) for mode in ("jit, auto", "jit, explicit")),
-    ]
-
-
-def optimizer_step(optimizer: str, shapes: Any, dtype: str, network: str = "") -> Case:
-    """An optimizer's step, which updates parameters and state in place."""
-
-    def program(target: Target, clip: str) -> Compiled:
-        tx = optax.chain(contenders()[clip], cases.OPTIMIZERS[optimizer]())
-        params = target.place(abstract(shapes, dtype))
-        state = target.place(jax.eval_shape(tx.init, params))
-
-        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        return target.compile(step, params, state, params, donate=(0, 1))
-
-    name = f"added to {optimizer}" + (network and f", {network}")
-    return Case(name, dtype, program, tuple(contenders()))
-
-
-def gpt2_training_step() -> Case:
-    """What a user of one device sees of the clip."""
-    tokens = jax.ShapeDtypeStruct(transformer.BATCH, jnp.int32)
-    shapes = transformer.shapes()
-    return training_step("whole training step", transformer.loss_of, shapes, tokens)
-
-
-def dense_training_step(layers: int) -> Case:
-    """The same where gradients are matrix products, which a sum may fuse with."""
-    batch = jax.ShapeDtypeStruct(dense.BATCH, jnp.bfloat16)
-    name = f"dense network of {layers} layers, whole training step"
-    return training_step(name, dense.loss_of, dense.shapes(layers), batch)
-
-
-def training_step(
-    name: str, loss_of: Callable[[Any, Any], jax.Array], shapes: Any, batch: Any
-) -> Case:
-    """Forward, backward, clip and AdamW, with parameters in float32."""
-
-    def program(target: Target, clip: str) -> Compiled:
-        tx = optax.chain(contenders()[clip], optax.adamw(1e-3))
-        params = target.place(abstract(shapes, "float32"))
-        state = target.place(jax.eval_shape(tx.init, params))
-
-        def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-            loss, grads = jax.value_and_grad(loss_of)(params, batch)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
-        return target.compile(step, params, state, target.place(batch), donate=(0, 1))
-
-    return Case(name, "float32", program, tuple(contenders()))
-
-
-def alone(name: str, shapes: Any, dtype: str, *, donate: bool = True) -> Case:
-    """The clip by itself, in place if ``donate``."""
-
-    def program(target: Target, clip: str) -> Compiled:
-        tx = contenders()[clip]
-        updates = target.place(abstract(shapes, dtype))
-        state = target.place(jax.eval_shape(tx.init, updates))
-        donated = (0,) if donate else ()
-        return target.compile(tx.update, updates, state, donate=donated)
-
-    return Case(name, dtype, program, tuple(cases.clips()))
-
-
-def llama(mode: str, layers: int = 80) -> Case:
-    """The clip by itself for Llama 70B, on 256 devices."""
-
-    def program(target: Target, clip: str) -> Compiled:
-        mesh = target.mesh(MESH, ("fsdp", "model"), (sharding.MODES[mode],) * 2)
-        step, arguments = sharding.step_on(mesh, mode, "clip", clip, layers)
-        with jax.set_mesh(mesh):
-            return target.compile(step, *arguments, donate=(0, 1))
-
-    name = f"Llama 70B on 256 devices, {mode}"
-    return Case(name, "bfloat16", program, tuple(cases.clips()))
-
-
-def contenders() -> cases.Clips:
-    """What is compared: no clip, and every clip."""
-    return {"none": optax.identity(), **cases.clips()}
-
-
-def abstract(shapes: Any, dtype: str) -> Any:
-    """Leaves of those shapes, with no values."""
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-# --- The results.
-
-
-def run(target: Target, todo: list[Case], console: rich.console.Console) -> cases.Rows:
-    """Compiles all cases for one target."""
-    rows = []
+    The file keeps the rows of other programs of the plan.
+    """
+    setting = {"target": target.title, "what": NOT_MEASURED}
+    setting |= {"versions": results.versions()}
+    old = {key_of(row): row for row in results.rows(path, setting)}
+    keys = {(c.name, c.dtype, who): (c, who) for c in plan for who in c.contenders}
+    found = {key: old[key] for key in keys if key in old}
+    wanted = [(case.name, case.dtype, contender) for case, contender in chosen]
+    missing = [key for key in wanted if anew or not _is_fresh(found.get(key))]
     _warm_up(target)
     with rich.progress.Progress(console=console) as progress:
-        total = sum(len(case.contenders) for case in todo)
-        task = progress.add_task(target.title, total=total)
-        for case in todo:
-            for clip in case.contenders:
-                progress.update(task, description=f"{target.title}: {case}, {clip}")
-                rows.append(row(case, clip, case.program(target, clip)))
-                progress.advance(task)
-    return rows
+        task = progress.add_task(target.title, total=len(missing))
+        for key in missing:
+            progress.update(task, description=f"{target.title}: {', '.join(key)}")
+            found[key] = row(*keys[key], compiled(target, *keys[key]))
+            in_order = [found[key] for key in keys if key in found]
+            results.write(setting | {"rows": in_order}, path)
+            progress.advance(task)
+    return [found[key] for key in wanted]
+
+
+def key_of(row: Row) -> tuple[str, str, str]:
+    """What tells the row from others in its file."""
+    return row["case"], row["dtype"], row["contender"]
+
+
+def _is_fresh(row: Row | None) -> bool:
+    return row is not None and row.get("source") == _source(row["contender"])
+
+
+def _source(contender: str) -> str | None:
+    """Of the code that the contender runs, where that is ours."""
+    return None if contender in ("none", *PEERS) else results.source()
 
 
 def _warm_up(target: Target) -> None:
@@ -252,76 +116,61 @@ def _warm_up(target: Target) -> None:
     target.compile(jnp.sin, target.place(jax.ShapeDtypeStruct((8,), jnp.float32)))
 
 
-def row(case: Case, clip: str, compiled: Compiled) -> dict[str, Any]:
+def compiled(target: Target, case: Case, contender: str) -> Compiled:
+    """The case's step with the contender's clip, compiled for the target."""
+    tx = case.transformation(contender)
+    state = jax.eval_shape(tx.init, case.params)
+    step, donate = case.step(tx), case.donated
+    if case.mesh is None:
+        arguments = target.place((case.params, state, case.data))
+        return target.compile(step, *arguments, donate=donate)
+    axes, specs, split = case.mesh.axes, case.mesh.specs, case.mesh.data
+    types = (cases.MODES[case.mesh.mode],) * len(axes)
+    mesh = target.mesh(tuple(axes.values()), tuple(axes), types)
+
+    def on_mesh(tree: Any, specs: Any) -> Any:
+        def place(leaf: Any, spec: P) -> Any:
+            sharding = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(place, tree, specs)
+
+    # Moments lie where the parameters do.
+    state_specs = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
+    )
+    kept = on_mesh(case.params, specs), on_mesh(state, state_specs)
+    data = on_mesh(case.data, jax.tree.map(lambda _: split, case.data))
+    out = jax.tree.map(lambda leaf: leaf.sharding, kept)
+    with jax.set_mesh(mesh):
+        return target.compile(step, *kept, data, donate=donate, out_shardings=out)
+
+
+# --- The results.
+
+
+def row(case: Case, contender: str, compiled: Compiled) -> Row:
     """What was found in one program."""
     program = compiled.program
     return {
         "case": case.name,
         "dtype": case.dtype,
-        "contender": clip,
+        "contender": contender,
+        "source": _source(contender),
         "hbm_gb": round(program.hbm_bytes / 1e9, 4),
         "kernels": program.kernels,
         "cycles": program.cycles,
         "conditionals": program.conditionals,
         "whiles": program.whiles,
-        "collectives": [dataclasses.asdict(each) for each in program.collectives],
+        "collectives": [each._asdict() for each in program.collectives],
         "temporary_mb": round(compiled.temporary_bytes / 1e6, 2),
         "build_seconds": round(compiled.build_seconds, 2),
     }
 
 
-def merged(path: pathlib.Path, target: Target, rows: cases.Rows) -> dict[str, Any]:
-    """The results with these rows in place of those of the same programs."""
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-
-    def program(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["case"], row["dtype"], row["contender"]
-
-    new = set(map(program, rows))
-    kept = [each for each in old if program(each) not in new]
-    return {
-        "target": target.title,
-        "what": NOT_MEASURED,
-        "versions": versions(),
-        "rows": kept + rows,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what compiled and what was compiled."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def table(target: Target, rows: cases.Rows) -> rich.table.Table:
-    """One line for each program."""
-    title = f"{target.title}: {NOT_MEASURED.lower()}"
-    printed = rich.table.Table(*HEADINGS, title=title)
-    for each in rows:
-        printed.add_row(*_cells(each))
-    return printed
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    cycles = row["cycles"]
-    flow = row["conditionals"] + row["whiles"]
-    return [
-        row["case"],
-        row["dtype"],
-        row["contender"],
-        f"{row['hbm_gb']:.3f}",
-        f"{row['kernels']:,}",
-        "" if cycles is None else f"{cycles / 1e6:.2f}",
-        str(flow or ""),
-        exchanged(row["collectives"]),
-        f"{row['temporary_mb']:,.1f}",
-        f"{row['build_seconds']:.1f}",
-    ]
+def shown(row: Row) -> Row:
+    """The row as it is printed."""
+    return row | {"source": None, "collectives": exchanged(row["collectives"])}
 
 
 def exchanged(collectives: list[dict[str, Any]]) -> str:
@@ -330,6 +179,65 @@ def exchanged(collectives: list[dict[str, Any]]) -> str:
     for each in collectives:
         numbers.setdefault(each["kind"], []).append(each["numbers"])
     return ", ".join(f"{len(n)} {kind} ({sum(n)})" for kind, n in numbers.items())
+
+
+# --- What they come to.
+
+
+def cost(row: Row) -> float:
+    """A TPU's cycles; the seconds of a GPU's memory traffic and kernels."""
+    if row["cycles"] is not None:
+        return row["cycles"]
+    seconds = row["hbm_gb"] * 1e9 / BYTES_PER_SECOND
+    return seconds + row["kernels"] * SECONDS_PER_KERNEL
+
+
+def group_of(case: str) -> str:
+    """Which cases are summed up together."""
+    if not case.startswith("step of "):
+        return case
+    return "eight devices" if "," in case else "one device"
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """For each group of cases and pair of contenders: geometric mean, and the worst."""
+    found = {key_of(row): row for row in rows}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for case, dtype in dict.fromkeys(key[:2] for key in found):
+        groups.setdefault(group_of(case), []).append((case, dtype))
+    pairs = [("cost", "ours", peer) for peer in PEERS]
+    pairs += [("cost", who, "none") for who in cases.EVERY[1:]]
+    pairs += [("build", "ours", "optax")]
+    lines = []
+    for (group, programs), pair in itertools.product(groups.items(), pairs):
+        if ratios := dict(_ratios(found, programs, *pair)):
+            worst = max(ratios, key=lambda program: ratios[program])
+            mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+            lines.append(
+                {
+                    "group": group,
+                    "what": f"{pair[0]}: {pair[1]} to {pair[2]}",
+                    "programs": len(ratios),
+                    "mean": round(mean, 4),
+                    "worst": round(ratios[worst], 4),
+                    "worst_in": ", ".join(worst),
+                }
+            )
+    return lines
+
+
+def _ratios(
+    found: dict[tuple[str, str, str], Row],
+    programs: list[tuple[str, str]],
+    what: str,
+    contender: str,
+    other: str,
+) -> Iterator[tuple[tuple[str, str], float]]:
+    value = cost if what == "cost" else lambda row: row["build_seconds"]
+    for program in programs:
+        own, its = (found.get((*program, who)) for who in (contender, other))
+        if own and its:
+            yield program, value(own) / value(its)
 
 
 if __name__ == "__main__":

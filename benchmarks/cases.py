@@ -1,246 +1,258 @@
-"""The cases: what is timed, on what, and by whom."""
+"""The cases: which steps are measured and compiled, and with which clips."""
 
-import math
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-import rich.progress
+from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_globalclip
+from optax_globalclip import clip_by_global_norm, skip_by_global_norm, zscore_threshold
 
-from . import by_hand, peers
-from .measure import Contender, compiled, interleaved, rows
-from .trees import gpt2_small_shapes, normals, num_entries, resnet50_shapes
-
-Rows = list[dict[str, Any]]
-Clips = dict[str, optax.GradientTransformation]
+from . import by_hand, networks
+from .networks import abstract, gpt2_small, resnet50
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "AdamW": lambda: optax.adamw(1e-3),
     "SGD with momentum": lambda: optax.sgd(1e-3, momentum=0.9),
     "Lion": lambda: optax.lion(1e-4),
     "Adafactor": lambda: optax.adafactor(1e-3),
+    "SGD": lambda: optax.sgd(1e-3),
 }
+CLIPS = ("by hand", "optax", "ours")
+PEERS = CLIPS[:2]
+STEPS = ("none", *CLIPS)
+EVERY = (*STEPS, "z-score", "skip")
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
-def clips(max_norm: float = 1.0) -> Clips:
-    """The clips that all cases compare."""
-    return {
-        "by hand": by_hand.clip_by_global_norm(max_norm),
-        "optax": optax.clip_by_global_norm(max_norm),
-        "ours": optax_globalclip.clip_by_global_norm(max_norm),
-    }
+def clip(contender: str, max_norm: float = 1.0) -> optax.GradientTransformation:
+    """The clip of a contender."""
+    if contender == "none":
+        return optax.identity()
+    if contender == "z-score":
+        return clip_by_global_norm(zscore_threshold())
+    makers = {"by hand": by_hand, "optax": optax, "ours": optax_globalclip}
+    return makers[contender].clip_by_global_norm(max_norm)
 
 
-def added_to_step(
-    optimizer: str,
-    shapes: Any,
-    dtype: str,
-    rounds: int,
-    progress: rich.progress.Progress,
-    *,
-    case: str | None = None,
-    one_read: bool = True,
-) -> Rows:
-    """What clipping adds to a step that updates parameters in place."""
-    tx = OPTIMIZERS[optimizer]()
-    params, grads = normals(shapes, dtype), normals(shapes, dtype, 0.1)
-    contenders: dict[str, Contender] = {}
-    for name, clip in {"none": optax.identity(), **clips()}.items():
-        chained = optax.chain(clip, tx)
-        contenders[name] = _step(chained, params, grads)
-    if one_read:
-        read, step = reader(grads), contenders["none"].run
-        contenders["one read"] = Contender(lambda value: (step(value), read())[0])
-    interleaved(contenders, rounds, progress, shared=(params, tx.init(params)))
-    return rows(case or f"added to {optimizer}", dtype, contenders, beside="none")
+class Mesh(NamedTuple):
+    """Devices, and what lies where on them.
 
-
-def _step(chained: optax.GradientTransformation, params: Any, grads: Any) -> Contender:
-    """A step of the clip and an optimizer, whose state the contenders share."""
-    state: Any = chained.init(params)
-    clip_state, inner = state
-
-    def step(params, state, grads):
-        updates, state = chained.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    executable, built = compiled(
-        step, params, (clip_state, inner), grads, donate=(0, 1)
-    )
-
-    def run(value: Any) -> Any:
-        nonlocal clip_state
-        params, inner = value
-        params, (clip_state, inner) = executable(params, (clip_state, inner), grads)
-        return jax.block_until_ready((params, inner))
-
-    return Contender(run, **built)
-
-
-def alone(
-    case: str,
-    shapes: Any,
-    dtype: str,
-    rounds: int,
-    progress: rich.progress.Progress,
-    *,
-    donate: bool = True,
-) -> Rows:
-    """The clip by itself, in place if ``donate``."""
-    tree = normals(shapes, dtype)
-    # To entries that are not subnormal in float16.
-    max_norm = 0.5 * math.sqrt(num_entries(tree))
-    contenders: dict[str, Contender] = {}
-    for name, tx in clips(max_norm).items():
-        contenders[name] = _in_place(tx, tree, donate)
-    contenders |= peers.contenders(tree, max_norm)
-    contenders["one read"] = _read_and_scale(tree)
-    contenders["copy"] = Contender(
-        lambda _: jax.block_until_ready(jax.tree.map(jnp.copy, tree))
-    )
-    interleaved(contenders, rounds, progress)
-    found = rows(case, dtype, contenders)
-    copy = contenders["copy"].median()
-    for row in found:
-        # The clip reads twice and writes once, the copy reads and writes.
-        share = 1.5 * copy / contenders[row["contender"]].median()
-        clips_ = row["contender"] in clips()
-        row["share_of_copy_bandwidth"] = round(share, 3) if clips_ else None
-    return found
-
-
-def _in_place(tx: optax.GradientTransformation, tree: Any, donate: bool) -> Contender:
-    state = tx.init(tree)
-    executable, built = compiled(tx.update, tree, state, donate=(0,) if donate else ())
-
-    def run(updates: Any) -> Any:
-        return jax.block_until_ready(executable(updates, state))[0]
-
-    # Above the threshold again: within it nothing need be written.
-    doubled = jax.jit(
-        lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0
-    )
-    return Contender(
-        run,
-        lambda: jax.tree.map(jnp.copy, tree),
-        lambda updates: jax.block_until_ready(doubled(updates)) if donate else updates,
-        **built,
-    )
-
-
-def reader(tree: Any) -> Callable[[], None]:
-    """One read of as many bytes as the tree has, in float32: a sum of squares."""
-    memory = _as_many_bytes(tree)
-    executable, _ = compiled(lambda x: jnp.sum(jnp.square(x)), memory)
-    return lambda: executable(memory).block_until_ready()
-
-
-def _read_and_scale(tree: Any) -> Contender:
-    """A read of as many bytes as the tree has, then a read and a write of them."""
-    read, memory = reader(tree), _as_many_bytes(tree)
-    scale, _ = compiled(lambda x: x * np.float32(0.999), memory, donate=(0,))
-
-    def run(value: jax.Array) -> jax.Array:
-        read()
-        return scale(value).block_until_ready()
-
-    return Contender(run, lambda: memory)
-
-
-def _as_many_bytes(tree: Any) -> jax.Array:
-    """Ones in float32, which take as many bytes as the tree."""
-    return jnp.ones(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) // 4)
-
-
-def many_leaves(
-    count: int, dtype: str, rounds: int, progress: rich.progress.Progress
-) -> Rows:
-    """Many leaves of 1,000 entries."""
-    case = f"{count:,} leaves of 1,000"
-    return alone(case, [(1000,)] * count, dtype, rounds, progress, donate=False)
-
-
-def resnet50(dtype: str, rounds: int, progress: rich.progress.Progress) -> Rows:
-    """The tree of a model of many medium leaves."""
-    return alone("ResNet-50", resnet50_shapes(), dtype, rounds, progress)
-
-
-def outside_jit(dtype: str, rounds: int, progress: rich.progress.Progress) -> Rows:
-    """A call that is not compiled, on as many leaves as GPT-2 small, but narrow ones.
-
-    It is the call that is timed.
+    Attributes:
+      axes: the sizes of the axes, by name.
+      mode: of its axes, a key of ``MODES``.
+      specs: of the parameters, a tree.
+      data: of the batch, one for all leaves.
     """
-    shapes = jax.tree.map(lambda size: max(1, size // 64), gpt2_small_shapes())
-    tree = normals(shapes, dtype)
 
-    def contender(tx: optax.GradientTransformation) -> Contender:
-        state = tx.init(tree)
-        return Contender(lambda _: jax.block_until_ready(tx.update(tree, state)))
-
-    contenders = {name: contender(tx) for name, tx in clips().items()}
-    contenders |= peers.contenders(tree, 1.0, eager=True)
-    interleaved(contenders, rounds, progress)
-    return rows("outside jit, 148 leaves", dtype, contenders)
+    axes: dict[str, int]
+    mode: str
+    specs: Any
+    data: P = P()
 
 
-def rescue_not_taken(
-    size: int, dtype: str, rounds: int, progress: rich.progress.Progress
-) -> Rows:
-    """The norm, beside one that cannot recover from an overflow."""
-    leaf = normals((size,), dtype)
-    norms = {
-        "plain": lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))),
-        "ours": optax_globalclip.global_norm,
-    }
-    contenders: dict[str, Contender] = {}
-    for name, norm in norms.items():
-        executable, built = compiled(norm, leaf)
-        contenders[name] = Contender(
-            lambda _, executable=executable: executable(leaf).block_until_ready(),
-            **built,
-        )
-    interleaved(contenders, rounds, progress)
-    return rows("norm, no overflow", dtype, contenders, reference="plain")
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step that all contenders take.
+
+    Attributes:
+      name: what it is.
+      dtype: of parameters and gradients.
+      params: their shapes and dtypes.
+      optimizer: a key of ``OPTIMIZERS``; None if the clip is alone.
+      loss_of: of parameters and ``data``; None if ``data`` are the gradients.
+      data: shapes and dtypes.
+      contenders: by name; "none" only where something remains without a clip.
+      donate: whether the step is in place.
+      mesh: None for one device.
+    """
+
+    name: str
+    dtype: str
+    params: Any
+    optimizer: str | None = None
+    loss_of: Callable[[Any, Any], jax.Array] | None = None
+    data: Any = ()
+    contenders: tuple[str, ...] = STEPS
+    donate: bool = True
+    mesh: Mesh | None = None
+
+    def __str__(self) -> str:
+        """As the progress bar shows it, and ``--cases`` selects it."""
+        return f"{self.name}, {self.dtype}"
+
+    def transformation(
+        self, contender: str, max_norm: float = 1.0
+    ) -> optax.GradientTransformation:
+        """The contender's clip, and the optimizer if there is one."""
+        if self.optimizer is None:
+            return clip(contender, max_norm)
+        optimizer = OPTIMIZERS[self.optimizer]()
+        if contender == "skip":
+            return skip_by_global_norm(optimizer, zscore_threshold())
+        return optax.chain(clip(contender, max_norm), optimizer)
+
+    def step(self, tx: optax.GradientTransformation) -> Callable:
+        """The step: of parameters (of updates if the clip is alone), state, data."""
+
+        def step(params: Any, state: Any, data: Any) -> tuple[Any, Any]:
+            if self.optimizer is None:
+                return tx.update(params, state)
+            grads = jax.grad(self.loss_of)(params, data) if self.loss_of else data
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return step
+
+    @property
+    def donated(self) -> tuple[int, ...]:
+        """The arguments of the step that it may overwrite."""
+        return (0, 1) if self.donate else ()
 
 
-# --- How cost grows.
+def optimizer_step(
+    optimizer: str, dtype: str, contenders: tuple[str, ...] = STEPS, divisor: int = 1
+) -> Case:
+    """An optimizer's step for GPT-2 small: update and apply."""
+    params = abstract(divided(gpt2_small(), divisor), dtype)
+    name = f"added to {optimizer}"
+    return Case(name, dtype, params, optimizer, data=params, contenders=contenders)
 
 
-def against_parameters(
-    sizes: list[int], rounds: int, progress: rich.progress.Progress
-) -> Rows:
-    """What clipping adds to AdamW, for models of more and more parameters."""
-    found = []
-    for size in sizes:
-        shapes = [(size // 16,)] * 16
-        case = f"parameters: {size}"
-        found += added_to_step(
-            "AdamW", shapes, "float32", rounds, progress, case=case, one_read=False
-        )
-    return found
+def divided(shapes: Any, divisor: int) -> Any:
+    """As many leaves, but narrow ones."""
+    return jax.tree.map(lambda size: max(1, size // divisor), shapes)
 
 
-def against_leaves(counts: list[int], progress: rich.progress.Progress) -> Rows:
-    """What building the clip takes, for trees of more and more leaves."""
-    found = []
-    task = progress.add_task("  leaves", total=len(counts))
-    for count in counts:
-        tree = normals([(1000,)] * count, "float32")
-        for name, tx in clips().items():
-            _, built = compiled(tx.update, tree, tx.init(tree))
-            found.append(
-                {
-                    "case": f"leaves: {count}",
-                    "dtype": "float32",
-                    "contender": name,
-                    "build_seconds": round(built["build_seconds"], 3),
-                }
-            )
-        progress.advance(task)
-    progress.remove_task(task)
-    return found
+def training_step(
+    name: str,
+    dtype: str,
+    contenders: tuple[str, ...] = STEPS,
+    *,
+    mesh: Mesh | None = None,
+    width: int | None = None,
+) -> Case:
+    """A whole step of one of the networks: forward, backward, clip, optimizer."""
+    build = networks.NETWORKS[name]
+    network = build() if width is None else build(width)
+    where = f", {_name_of(mesh)}" if mesh else ""
+    return Case(
+        f"step of {name}{where}",
+        dtype,
+        abstract(network.shapes, dtype),
+        network.optimizer,
+        network.loss_of,
+        network.data,
+        contenders,
+        mesh=mesh,
+    )
+
+
+def _name_of(mesh: Mesh) -> str:
+    sharded = any(jax.tree.leaves(mesh.specs, is_leaf=lambda n: isinstance(n, P)))
+    return f"{'FSDP' if sharded else 'data parallel'}, {mesh.mode}"
+
+
+def alone(name: str, shapes: Any, dtype: str, *, donate: bool = True) -> Case:
+    """The clip by itself."""
+    params = abstract(shapes, dtype)
+    return Case(name, dtype, params, contenders=CLIPS, donate=donate)
+
+
+def clips_alone(dtypes: tuple[str, ...], leaves: int = 2000) -> list[Case]:
+    """One large leaf, many small ones, and a model with many medium ones."""
+    name = "clip alone, one leaf of 2^26"
+    many = f"{leaves:,} leaves of 1,000"
+    return [
+        *(alone(name, (2**26,), dtype) for dtype in dtypes),
+        alone(many, [(1000,)] * leaves, "float32", donate=False),
+        alone("ResNet-50", resnet50(), "float32"),
+    ]
+
+
+# --- What is compiled.
+
+
+def compiled(target: str) -> list[Case]:
+    """Whole steps first, then what is measured too, then 70 billion parameters."""
+    extra = {"decoder": EVERY}
+    return [
+        *(
+            training_step(name, dtype, extra.get(name, STEPS))
+            for name in networks.NETWORKS
+            for dtype in DTYPES[:2]
+        ),
+        *(on_eight(name, mode) for name in EIGHT for mode in MODES),
+        *(optimizer_step("AdamW", dtype, EVERY) for dtype in DTYPES),
+        *clips_alone(DTYPES),
+        *(llama(mode, rows) for mode in MODES for rows in LLAMA_ROWS.get(target, ())),
+    ]
+
+
+# By network: where its parameters lie. In data parallel, on every device.
+EIGHT = {"decoder": "data parallel", "stacked decoder": "FSDP"}
+
+
+def on_eight(name: str, mode: str) -> Case:
+    """A whole step on eight devices, which share the batch."""
+
+    def spec(path: Any, leaf: jax.ShapeDtypeStruct) -> P:
+        if EIGHT[name] == "data parallel":
+            return P()
+        # The layers that are stacked are not split among devices, but each of them.
+        return P(None, "data") if path[0].key == "blocks" else P("data")
+
+    params = abstract(networks.NETWORKS[name]().shapes, "float32")
+    specs = jax.tree_util.tree_map_with_path(spec, params)
+    return training_step(
+        name, "float32", mesh=Mesh({"data": 8}, mode, specs, P("data"))
+    )
+
+
+# By target: the rows of the meshes of 256 devices that 70B parameters lie on.
+LLAMA_ROWS = {"h100": (32, 64, 128), "v5p": (32,)}
+
+
+def llama(mode: str, rows: int, layers: int = 80) -> Case:
+    """The clip by itself for Llama 70B, on 256 devices."""
+    shapes, specs = networks.llama_70b(layers)
+    axes = {"fsdp": rows, "model": 256 // rows}
+    return Case(
+        f"Llama 70B on {rows} × {256 // rows} devices, {mode}",
+        "bfloat16",
+        abstract(shapes, "bfloat16"),
+        contenders=CLIPS,
+        mesh=Mesh(axes, mode, specs),
+    )
+
+
+# --- What is measured.
+
+
+def measured(*, quick: bool) -> list[Case]:
+    """What clipping adds to a step, and takes alone."""
+    if quick:
+        steps = [optimizer_step("AdamW", dtype, EVERY) for dtype in DTYPES[:2]]
+        return steps + clips_alone(DTYPES[:2], leaves=500)
+    steps = [
+        optimizer_step(name, dtype, EVERY if name == "AdamW" else STEPS)
+        for dtype in DTYPES
+        for name in ("AdamW", "SGD with momentum", "Lion", "Adafactor")
+    ]
+    return steps + clips_alone(DTYPES)
+
+
+def measured_on_gpu(*, small: bool = False) -> list[Case]:
+    """What a GPU is measured by in eight minutes; ``small`` to try that on a CPU."""
+    size, divisor, width = (2**16, 64, 64) if small else (2**26, 1, None)
+    both = DTYPES[:2]
+    return [
+        *(optimizer_step("AdamW", dtype, EVERY, divisor) for dtype in both),
+        *(alone(f"clip alone, one leaf of {size:,}", (size,), dtype) for dtype in both),
+        *(training_step("decoder", dtype, EVERY, width=width) for dtype in both),
+        *(training_step("dense", dtype, width=width) for dtype in both),
+    ]

@@ -1,7 +1,6 @@
 """How everything is timed: contenders in random order in each round, and medians."""
 
 import dataclasses
-import math
 import random
 import statistics
 import time
@@ -9,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import rich.progress
 
 from . import programs
+from .results import Row
 
 
 @dataclasses.dataclass
@@ -23,16 +24,14 @@ class Contender:
         donated ones; the first is what ``start`` returns.
       start: makes that argument.
       prepare: what happens to the argument before each call, and is not timed.
-      build_seconds: what tracing, lowering and compiling took, where it is known.
-      temporary_mb: the memory beside arguments and results, where it is known.
+      built: what is known of the compiled program, by the name of the field.
       seconds: of each round, per call.
     """
 
     run: Callable[[Any], Any]
     start: Callable[[], Any] = lambda: None
     prepare: Callable[[Any], Any] = lambda value: value
-    build_seconds: float | None = None
-    temporary_mb: float | None = None
+    built: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def median(self) -> float:
@@ -42,8 +41,8 @@ class Contender:
 
 def compiled(
     function: Callable, *args: Any, donate: tuple[int, ...] = ()
-) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """The function compiled for such arguments, and what that took.
+) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """The function compiled for such arguments, and what is known of the program.
 
     Without a cache: neither JAX's of traces nor XLA's of kernels.
     """
@@ -53,10 +52,15 @@ def compiled(
     seconds = time.perf_counter() - start
     memory = executable.memory_analysis()
     assert memory is not None
-    return executable, {
-        "build_seconds": seconds,
-        "temporary_mb": memory.temp_size_in_bytes / 1e6,
+    built = {
+        "temporary_mb": round(memory.temp_size_in_bytes / 1e6, 2),
+        "build_seconds": round(seconds, 3),
     }
+    if jax.default_backend() != "cpu":  # What the compiler says, beside the times.
+        program = programs.parse(executable.as_text() or "")
+        built["hbm_gb"] = round(program.hbm_bytes / 1e9, 4)
+        built["kernels"] = program.kernels
+    return executable, built
 
 
 def collectives(executable: jax.stages.Compiled) -> list[tuple[str, int]]:
@@ -120,7 +124,7 @@ def rows(
     *,
     beside: str | None = None,
     reference: str = "optax",
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """What was measured, one row a contender.
 
     Args:
@@ -131,43 +135,28 @@ def rows(
         the others, to give what they add to it.
       reference: the contender that the ratios are to.
     """
-
-    def differences(name: str) -> list[float]:
-        own = contenders[name].seconds
-        if beside is None:
-            return own
-        return [a - b for a, b in zip(own, contenders[beside].seconds, strict=True)]
-
-    def ratios(name: str) -> list[float]:
-        own, other = map(differences, (name, reference))
-        return [a / b if b else math.nan for a, b in zip(own, other, strict=True)]
-
-    def ratio(name: str) -> float:
-        if beside is not None:  # Differences may be about zero in a noisy round.
-            own, other = map(differences, (name, reference))
-            return statistics.median(own) / statistics.median(other)
-        return statistics.median(ratios(name))
-
-    def quartiles(name: str) -> list[float]:
-        low, _, high = statistics.quantiles(ratios(name), method="inclusive")
-        return [round(low, 3), round(high, 3)]
-
+    own = {name: np.array(each.seconds) for name, each in contenders.items()}
+    if beside is not None:
+        own = {name: seconds - own[beside] for name, seconds in own.items()}
+    medians = {name: float(np.median(seconds)) for name, seconds in own.items()}
     found = []
     for name, contender in contenders.items():
-        added = round(1e3 * statistics.median(differences(name)), 3)
-        temporary, build = contender.temporary_mb, contender.build_seconds
-        found.append(
-            {
-                "case": case,
-                "dtype": dtype,
-                "contender": name,
-                "milliseconds": round(1e3 * contender.median(), 3),
-                "added_milliseconds": None if beside is None else added,
-                "ratio": round(ratio(name), 3),
-                "ratio_quartiles": quartiles(name),
-                "ratio_to": reference,
-                "temporary_mb": None if temporary is None else round(temporary, 2),
-                "build_seconds": None if build is None else round(build, 3),
-            }
-        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = own[name] / own[reference]
+        low, ratio, high = map(float, np.quantile(ratios, [0.25, 0.5, 0.75]))
+        if beside is not None:  # Differences may be about zero in a noisy round.
+            ratio = medians[name] / medians[reference]
+        row = {
+            "case": case,
+            "dtype": dtype,
+            "contender": name,
+            "milliseconds": round(1e3 * contender.median(), 3),
+            "added_milliseconds": round(1e3 * medians[name], 3) if beside else None,
+            "ratio": round(ratio, 3),
+            "ratio_quartiles": [round(low, 3), round(high, 3)],
+            "ratio_to": reference,
+            "temporary_mb": None,
+            "build_seconds": None,
+        }
+        found.append(row | contender.built)
     return found

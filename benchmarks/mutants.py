@@ -29,7 +29,7 @@ from cosmic_ray.commands import init
 from cosmic_ray.mutating import mutate_and_test
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec
-from rich.progress import Progress
+from rich.progress import track
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
@@ -58,11 +58,8 @@ def all_mutants() -> list[MutationSpec]:
 def annotated_lines(path: pathlib.Path) -> Iterator[int]:
     """The lines of signatures and fields, in which ``|`` joins types."""
     for node in ast.walk(ast.parse(path.read_text())):
-        for annotation in (
-            getattr(node, "annotation", None),
-            getattr(node, "returns", None),
-        ):
-            if annotation is not None:
+        for field in ("annotation", "returns"):
+            if annotation := getattr(node, field, None):
                 yield from range(annotation.lineno, annotation.end_lineno + 1)
 
 
@@ -140,20 +137,12 @@ def main() -> None:
     drawn = random.Random(args.seed).sample(mutants, min(args.sample, len(mutants)))
     found: list[dict[str, Any]] = []
     report = report_of(found, len(mutants), args.seed)
-    with (
-        Progress() as progress,
-        concurrent.futures.ProcessPoolExecutor(
-            args.processes, initializer=copy_of_the_tree
-        ) as pool,
-    ):
-        task = progress.add_task(f"{len(drawn)} of {len(mutants)}", total=len(drawn))
-        for future in concurrent.futures.as_completed(
-            [pool.submit(outcome, mutant) for mutant in drawn]
-        ):
+    executor = concurrent.futures.ProcessPoolExecutor
+    with executor(args.processes, initializer=copy_of_the_tree) as pool:
+        running = [pool.submit(outcome, mutant) for mutant in drawn]
+        done = concurrent.futures.as_completed(running)
+        for future in track(done, f"{len(drawn)} of {len(mutants)}", len(drawn)):
             found.append(future.result())
-            if found[-1]["outcome"] != "killed":
-                progress.console.print(found[-1])
-            progress.advance(task)
             # Each time, as the whole may take longer than one can wait.
             report = report_of(found, len(mutants), args.seed)
             RESULTS.write_text(json.dumps(report, indent=1) + "\n")

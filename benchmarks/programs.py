@@ -4,10 +4,10 @@ XLA's own ``cost_analysis`` counts branches that are never taken and buffers tha
 leave the chip. Here only the instructions that every run executes are counted.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 # An instruction, as in "ROOT %sum = f32[8]{0:T(128)S(1)} add(%x, %y), metadata=...".
 _INSTRUCTION = re.compile(
@@ -29,8 +29,7 @@ _FREE = frozenset(
 _TRANSFERS = frozenset({"copy-start", "slice-start", "async-start"})
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """One exchange between devices.
 
     Attributes:
@@ -42,8 +41,7 @@ class Collective:
     numbers: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """What one run of a compiled program costs one device.
 
     Bytes, kernels and cycles are those of the entry computation and what it calls. The
@@ -75,8 +73,7 @@ class Program:
         return self.read_bytes + self.written_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Array:
+class _Array(NamedTuple):
     """One buffer of an instruction's result."""
 
     dtype: str
@@ -97,8 +94,7 @@ class _Array:
         return self.size * max(1, int(bits[0]) // 8 if bits else 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
     """One line of a computation."""
 
     opcode: str

@@ -5,6 +5,7 @@ with GitHub's dark background, #0d1117.
 """
 
 import pathlib
+from typing import Any
 
 import matplotlib
 
@@ -14,37 +15,41 @@ import matplotlib.axes  # noqa: E402
 import matplotlib.figure  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 
-from optax_globalclip._demo import BLUE, ORANGE, STYLE, TEXT  # noqa: E402
-
-FAINT = "#76839055"
-GREEN = "#2da44e"
-PURPLE = "#a371f7"
-AMBER = "#b58407"
-GREY = "#848d97"
+TEXT, FAINT = "#768390", "#76839055"
+BLUE, ORANGE, GREEN, PURPLE = "#2f81f7", "#db6d28", "#2da44e", "#a371f7"
+AMBER, GREY = "#b58407", "#848d97"
 
 # By what is compared, in every figure.
 COLOURS = {
-    "ours": BLUE,
-    "optax": GREY,
-    "by hand": AMBER,
-    "no clipping": ORANGE,
-    "clipped": BLUE,
-    "constant": BLUE,
-    "z-score": GREEN,
-    "quantile": PURPLE,
-    "skip": AMBER,
+    **{"ours": BLUE, "optax": GREY, "by hand": AMBER},
+    **{"no clipping": ORANGE, "clipped": BLUE, "constant": BLUE},
+    **{"z-score": GREEN, "quantile": PURPLE, "skip": AMBER},
 }
-NAMES = {"ours": "optax_globalclip", "by hand": "by hand"}
+NAMES = {"ours": "optax_globalclip"}
+
+_COLOURED = "axes.edgecolor axes.labelcolor axes.titlecolor text.color xtick.color"
+
+_SETTINGS: dict[Any, Any] = {
+    **dict.fromkeys(_COLOURED.split() + ["ytick.color"], TEXT),
+    "savefig.transparent": True,
+    "savefig.dpi": 140,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": FAINT,
+    "figure.constrained_layout.use": True,
+}
 
 # A decorator for functions that draw.
-applied = matplotlib.rc_context(
-    {
-        **STYLE,
-        "figure.constrained_layout.use": True,
-        "savefig.dpi": 140,
-        "grid.color": FAINT,
-    }
-)
+applied = matplotlib.rc_context(_SETTINGS)
+
+
+def name_below(figure: matplotlib.figure.Figure, text: str) -> None:
+    """Says below all panels what they show."""
+    figure.supxlabel(text, color=TEXT, fontsize=10)
 
 
 def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> None:
@@ -53,17 +58,13 @@ def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def bars(
-    axes: matplotlib.axes.Axes, values: dict[str, float | None], style: str
-) -> None:
+def bars(axes: matplotlib.axes.Axes, values: dict[str, float], style: str) -> None:
     """A horizontal bar for each contender, with its name and its value beside it."""
-    names = list(values)
-    heights = [values[name] or 0 for name in names]
-    colours = [COLOURS[name] for name in names]
-    drawn = axes.barh(range(len(names)), heights, 0.7, color=colours)
-    labels = ["no data" if v is None else style.format(v) for v in values.values()]
+    colours = [COLOURS[name] for name in values]
+    drawn = axes.barh(range(len(values)), list(values.values()), 0.7, color=colours)
+    labels = [style.format(value) for value in values.values()]
     axes.bar_label(drawn, labels, padding=4, color=TEXT)
-    axes.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
+    axes.set_yticks(range(len(values)), [NAMES.get(name, name) for name in values])
     for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
         label.set_color(colour)
     axes.invert_yaxis()

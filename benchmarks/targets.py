@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -105,12 +105,17 @@ class Target:
         )
 
     def compile(
-        self, function: Callable, *args: Any, donate: tuple[int, ...] = ()
+        self,
+        function: Callable,
+        *args: Any,
+        donate: tuple[int, ...] = (),
+        out_shardings: Any = None,
     ) -> "Compiled":
         """Compiles for arguments placed on this target, with no cache."""
         jax.clear_caches()
         start = time.perf_counter()
-        traced = jax.jit(function, donate_argnums=donate).trace(*args)
+        jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
+        traced = jitted.trace(*args)
         lowered = traced.lower(lowering_platforms=(self.platform,))
         options = _CUDA_OPTIONS if self.platform == "cuda" else {}
         executable = lowered.compile(compiler_options=dict(options))
@@ -121,8 +126,7 @@ class Target:
         return Compiled(program, memory.temp_size_in_bytes, seconds)
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """What compiling gave.
 
     Attributes:

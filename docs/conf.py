@@ -13,7 +13,7 @@ from sphinx.application import Sphinx
 import optax_globalclip
 
 project = "optax_globalclip"
-author = "The optax_globalclip maintainers"
+author = copyright = "The optax_globalclip authors"
 version = release = optax_globalclip.__version__
 
 extensions = [
@@ -27,6 +27,7 @@ include_patterns = [
     "docs/*.md",
     "notebooks/*.ipynb",
     "benchmarks/README.md",
+    "studies/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 ]
@@ -51,6 +52,7 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_math_renderer = "mathml"
 html_title = f"optax_globalclip {release}"
 html_static_path = ["_static"]

@@ -2,18 +2,27 @@
 
 import math
 import numbers
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 NonFinite: TypeAlias = Literal["nan", "zero", "error"]
 # What may be passed for a scalar: all that ``chex.Numeric`` is.
-Numeric: TypeAlias = (
-    jax.Array | np.ndarray[Any, Any] | np.number[Any] | np.bool_ | float
-)
+Numeric: TypeAlias = jax.Array | np.ndarray[Any, Any] | np.number[Any] | float
 Scalar: TypeAlias = float | jax.Array
+
+
+_State = TypeVar("_State", bound=type)
+
+
+def exported(state: _State) -> _State:
+    """Lets ``jax.export`` serialize programs with states of this class."""
+    name = f"optax_globalclip.{state.__name__}"
+    jax.export.register_namedtuple_serialization(state, serialized_name=name)
+    return state
 
 
 def unwrapped(value: Any) -> Any:
@@ -29,19 +38,27 @@ def as_scalar(
     least: float = 0,
     most: float = math.inf,
     *,
+    static: bool = False,
     nan_allowed: bool = False,
-) -> Scalar:
+) -> Any:
     """Converts a number to a float; returns an array on a device as it is.
 
     The value of an array is never looked at: it may be traced, or not be ready.
 
     Raises:
-      TypeError: for anything but a real number or a real array.
+      TypeError: for anything but a real number or a real array; for an array if the
+        argument is ``static``.
       ValueError: for an array that is not a scalar, or for a Python or NumPy number
         that is out of range or NaN (unless ``nan_allowed``).
     """
     value, remedy = unwrapped(value), f"Pass a real number of at least {least:g}"
     remedy += ", math.inf included." if math.isinf(most) else f", at most {most:g}."
+    if static and isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} is an array, but it is static: it decides about what is compiled. "
+            f"Pass a Python number; in optax.inject_hyperparams, name {name!r} in "
+            "static_args."
+        )
     if not _is_real(value):
         raise TypeError(f"{name} is {described(value)}. {remedy}")
     if np.shape(value) != ():
@@ -60,14 +77,8 @@ def as_scalar(
 
 
 def as_ord(ord: Any) -> float:
-    """The order of a norm as a float; 2 for None.
-
-    Raises:
-      TypeError: for an array, or anything else that is no real number.
-      ValueError: for a number less than 1 or NaN.
-    """
-    check_static("ord", ord)
-    return 2.0 if ord is None else float(as_scalar("ord", ord, least=1))
+    """The order of a norm as a float, at least 1; 2 for None."""
+    return 2.0 if ord is None else as_scalar("ord", ord, least=1, static=True)
 
 
 def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
@@ -83,29 +94,11 @@ def check_nonfinite(nonfinite: NonFinite, max_norm: object) -> None:
         )
 
 
-def check_static(name: str, value: Any) -> None:
-    """Raises if ``value`` is an array on a device."""
-    if isinstance(unwrapped(value), jax.Array):
-        raise TypeError(
-            f"{name} is an array, but it is static: it decides about what is compiled. "
-            f"Pass a Python number; in optax.inject_hyperparams, name {name!r} in "
-            "static_args."
-        )
-
-
-def check_count(name: str, value: Any, least: int) -> int:
-    """The count as an int; raises if no int32 can hold it.
-
-    Raises:
-      TypeError: for an array on a device.
-      ValueError: for anything but an integer in range.
-    """
-    check_static(name, value)
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integer or not least <= int(value) < 2**31:
-        raise ValueError(
-            f"{name}={value!r}: pass an integer from {least} to 2**31 - 1."
-        )
+def as_count(name: str, value: Any, least: int) -> int:
+    """The count as an int; raises as ``as_scalar``, and unless it is an integer."""
+    as_scalar(name, value, least, 2**31 - 1, static=True)
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}={value!r} is no integer. Pass one.")
     return int(value)
 
 
@@ -149,10 +142,9 @@ def described(value: Any) -> str:
 
 
 def _is_real(value: Any) -> bool:
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        integer = jnp.issubdtype(value.dtype, np.integer)
-        # A timedelta64 is a signed integer to NumPy.
-        return jnp.issubdtype(value.dtype, jnp.floating) or (
-            integer and value.dtype.kind in "iuV"
-        )
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    real = [jnp.issubdtype(value.dtype, x) for x in (jnp.floating, jnp.integer)]
+    return (
+        any(real) and value.dtype.kind != "m"
+    )  # A timedelta64 is an integer to NumPy.

@@ -14,14 +14,7 @@ from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfin
 from ._mesh import factor_of, has_mesh
 from ._norm import GlobalNorm, divide, measure
 from ._reduce import wide
-from ._tree import (
-    AxisName,
-    Leaf,
-    accumulator_dtype,
-    split_updates,
-    values_of,
-    with_values,
-)
+from ._tree import AxisName, Leaf, accumulator, split_updates, values_of, with_values
 
 
 class Clip(NamedTuple):
@@ -143,7 +136,7 @@ def given_norm(leaves: Sequence[Leaf], use_norm: Any) -> GlobalNorm | None:
     if use_norm is None:
         return None
     use_norm = as_scalar("use_norm", use_norm, nan_allowed=True)
-    return GlobalNorm.of(use_norm, accumulator_dtype(leaves))
+    return GlobalNorm.of(use_norm, accumulator(leaves))
 
 
 def clip_leaves(
@@ -192,13 +185,7 @@ def check_finite(clip: Clip, nonfinite: NonFinite) -> None:
 
 
 @jax.custom_jvp
-def _scaled(
-    values: list[jax.Array],
-    threshold: jax.Array,
-    norm: GlobalNorm,
-    within: jax.Array,
-    zero: jax.Array | None,
-) -> list[jax.Array]:
+def _scaled(values, threshold, norm, within, zero):
     """The values if ``within``, zeros if ``zero``, else times ``threshold / norm``.
 
     Multiplied in at least float32, and rounded once to the dtype of the values.
@@ -230,9 +217,7 @@ def _scaled_jvp(primals, tangents):
     return _scaled(*primals), list(map(tangent, values, dots))
 
 
-def _factors(
-    threshold: jax.Array, norm: GlobalNorm, within: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _factors(threshold, norm, within):
     """``threshold / norm`` as a product of two normal floats; both 1 if ``within``.
 
     The first is 1, unless the quotient is subnormal, or nearly so, which would be
@@ -254,19 +239,13 @@ def _factors(
 def _products(values, *factors):
     """The product of each value, as suits the platform."""
 
-    def product_on_cpu(value, shift, scale, zero):
-        if _cpu.can_multiply(value, scale):
-            return _cpu.product(value, shift, scale, zero)
-        return _product(value, shift, scale, zero)
-
-    def each(product):
-        return lambda values, *factors: [product(x, *factors) for x in values]
+    def products(values, *factors):
+        return [_product(value, *factors) for value in values]
 
     if any(map(has_mesh, values)):
-        return each(_product)(values, *factors)
-    return jax.lax.platform_dependent(
-        values, *factors, cpu=each(product_on_cpu), default=each(_product)
-    )
+        return products(values, *factors)
+    on_cpu = functools.partial(_cpu.products, product=_product)
+    return jax.lax.platform_dependent(values, *factors, cpu=on_cpu, default=products)
 
 
 # Traced once for leaves of one type.
@@ -279,6 +258,5 @@ def _product(value, shift, scale, zero):
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
     product = jax.lax.select(scale == 1, value, product)
-    return (
-        product if zero is None else jnp.where(zero, jnp.zeros_like(product), product)
-    )
+    zeros = jnp.zeros_like(product)
+    return product if zero is None else jnp.where(zero, zeros, product)

@@ -22,7 +22,7 @@ figures. The workarounds wait for these issues:
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -71,20 +71,33 @@ def root_of_squares(
     tiny, huge = plain < limits.floor, ~(plain < math.inf)
     scale = jnp.where(tiny, grow, limits.shrink).astype(dtype)
     total = lax.cond(tiny | huge, sum_of_squares, lambda _: plain, scale)
-    value = jnp.sqrt(total) * jnp.where(tiny, 1 / grow, 1).astype(dtype)
-    return value, jnp.where(huge, 1 / limits.shrink, 1).astype(dtype)
+    # Both end in a division, as ``once`` says.
+    value = jnp.sqrt(total) / jnp.where(tiny, grow, 1).astype(dtype)
+    return value, 1 / jnp.where(huge, limits.shrink, 1).astype(dtype)
 
 
-def can_multiply(array: jax.Array, factor: jax.Array) -> bool:
-    """Whether ``product`` takes the array: of bfloat16."""
-    return array.dtype == jnp.bfloat16 and factor.dtype == jnp.float32
+def once(scalar: jax.Array) -> jax.Array:
+    """The scalar, as a division.
+
+    XLA on CPU computes cheaper scalars again in each kernel that reads them, with all
+    that they are made of: compiling takes quadratic time in the number of leaves.
+    """
+    return scalar / jnp.where(scalar == scalar, 1, scalar)
+
+
+def products(values, shift, scale, zero, *, product):
+    """The product of each value; those of bfloat16 by integers."""
+    shift, scale = once(shift), once(scale)
+    narrow = jnp.bfloat16 if scale.dtype == jnp.float32 else None
+    return [
+        (_product if value.dtype == narrow else product)(value, shift, scale, zero)
+        for value in values
+    ]
 
 
 # Traced once for leaves of one type.
 @jax.jit
-def product(
-    array: jax.Array, shift: jax.Array, scale: jax.Array, zero: jax.Array | None
-) -> jax.Array:
+def _product(array, shift, scale, zero):
     """``array * shift * scale`` in bfloat16, by integers; the array if ``scale`` is 1.
 
     XLA on CPU would convert the leaf to float32, share that conversion with the norm's,
@@ -115,12 +128,7 @@ def _grow(dtype: jnp.dtype) -> float:
     return 2.0 ** ((int(jnp.finfo(dtype).maxexp) - 2 - floor) // 2)
 
 
-def _sum_of_squares(
-    packs: list[jax.Array],
-    large: list[list[jax.Array]],
-    dtype: jnp.dtype,
-    scale: jax.Array | None,
-) -> jax.Array:
+def _sum_of_squares(packs, large, dtype, scale):
     """The sum of squares of all entries, each times the scale if there is one."""
     squares = functools.partial(_squares, scale=scale, dtype=dtype)
     sums = [_sum_entries(squares(pack)) for pack in packs]
@@ -170,9 +178,7 @@ def _sum_entries(array: jax.Array) -> jax.Array:
     return jnp.sum(array)
 
 
-def _sum_in_chunks(
-    leaves: list[jax.Array], values: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def _sum_in_chunks(leaves, values):
     """The sum of what XLA on CPU does not fuse into a sum, but materializes first.
 
     As a loop over chunks it is fused.

@@ -34,7 +34,7 @@ except ImportError as error:
 BATCH_SIZE = 50
 HIDDEN = 256
 
-# Of all figures: each colour can be read on white and on black, and the background is
+# All figures: each colour is readable on white and on black, and the background is
 # transparent.
 TEXT, BLUE, ORANGE = "#768390", "#2f81f7", "#db6d28"
 COLOURS = {"no clipping": ORANGE, "clipped": BLUE}
@@ -75,7 +75,7 @@ class Digits(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one training run left behind; the arrays have an entry a step."""
+    """What one training run recorded; the arrays have one entry per step."""
 
     norms: np.ndarray
     losses: np.ndarray
@@ -104,7 +104,7 @@ class Network(nnx.Module):
         def step(hidden: jax.Array, pixel: jax.Array) -> tuple[jax.Array, None]:
             return jnp.tanh(pixel + hidden @ kernel), None
 
-        # Four pixels a turn of the loop: fewer turns, and a little faster on a CPU.
+        # Four pixels per iteration are a little faster on a CPU.
         pixels = self.read(jnp.asarray(images)).swapaxes(0, 1)
         hidden, _ = jax.lax.scan(step, jnp.zeros(pixels.shape[1:]), pixels, unroll=4)
         return self.classify(hidden)
@@ -217,21 +217,23 @@ def _draw_losses(axes: Any, runs: dict[str, Run]) -> None:
     axes.axhline(math.log(10), color=TEXT, lw=1, ls=":")
     axes.annotate("guessing", (1, math.log(10)), (3, 4), textcoords="offset points")
     smooth = {name: _smooth(run.losses) for name, run in runs.items()}
-    ends = {name: np.nan_to_num(losses[-1]) for name, losses in smooth.items()}
-    for name, losses in smooth.items():
+    lowest = -math.inf
+    for name in sorted(runs, key=lambda name: np.nan_to_num(smooth[name][-1])):
+        losses = smooth[name]
         axes.plot(np.arange(1, len(losses) + 1), losses, color=COLOURS[name], lw=2)
+        # One above the other, however close the lines end.
+        height = max(np.nan_to_num(losses[-1]), lowest)
+        lowest = height + 0.2 * axes.get_ylim()[1]
         axes.annotate(
-            f"{name}:\n{runs[name].accuracy:.0%} right",
-            (len(losses), ends[name]),
+            f"{name}:\n{runs[name].accuracy:.0%} accuracy",
+            (len(losses), height),
             (8, 0),
             textcoords="offset points",
-            # One above the other, however close the lines end.
-            va="bottom" if name == max(ends, key=lambda name: ends[name]) else "top",
             color=COLOURS[name],
             weight="bold",
         )
     axes.set(ylim=(0, None), xlabel="step")
-    axes.set_title("Training loss (mean of 25 steps), and digits right in the end")
+    axes.set_title("Training loss (mean of 25 steps), and final test accuracy")
 
 
 def _draw_norms(axes: Any, name: str, run: Run, max_norm: float) -> None:
@@ -258,7 +260,10 @@ def _smooth(losses: np.ndarray, window: int = 25) -> np.ndarray:
 
 def _table(runs: dict[str, Run], max_norm: float) -> rich.table.Table:
     columns = ["", "test accuracy", "largest norm", "median norm", "steps clipped"]
-    table = rich.table.Table(title="Handwritten digits, pixel by pixel")
+    table = rich.table.Table(
+        title="Handwritten digits, pixel by pixel",
+        caption="Figures vary with the versions installed.",
+    )
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for name, run in runs.items():

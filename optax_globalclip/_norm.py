@@ -18,14 +18,7 @@ from . import _cpu
 from ._checks import Scalar, as_ord
 from ._mesh import Axes, factor_of, reduced
 from ._reduce import Range, add, real_parts, root_of_squares, two_sums
-from ._tree import (
-    AxisName,
-    Leaf,
-    accumulator_dtype,
-    is_float0,
-    matrix_values,
-    split_updates,
-)
+from ._tree import AxisName, Leaf, accumulator, is_float0, matrix_values, split_updates
 
 
 def global_norm(
@@ -158,12 +151,12 @@ class GlobalNorm(NamedTuple):
         norm = jnp.asarray(norm, dtype)
         constant, large = lax.stop_gradient(norm), 1 / Range.of(dtype).shrink
         unit = jnp.where(constant >= large, large, 1).astype(dtype)
-        return cls(norm, *_hidden(constant / unit, unit))
+        return cls(norm, *hidden(constant / unit, unit))
 
     @classmethod
     def scaled(cls, value: jax.Array, unit: jax.Array) -> "GlobalNorm":
         """The norm ``value * unit``."""
-        value, unit = _hidden(value, unit)
+        value, unit = hidden(value, unit)
         return cls(value * unit, value, unit)
 
     def as_divisor(self) -> "GlobalNorm":
@@ -173,10 +166,10 @@ class GlobalNorm(NamedTuple):
         return GlobalNorm(*(jnp.where(usable, x, 1) for x in norm))
 
 
-def _hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
+def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
     """The scalars, as no constants to XLA.
 
-    XLA makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, though
+    It makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, though
     ``a * b`` may underflow. A barrier is no constant.
     """
     return lax.optimization_barrier(scalars)
@@ -212,7 +205,7 @@ def _divide_jvp(primals, tangents):
 @functools.partial(jax.jit, static_argnames="ord")
 def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
     """The global norm of the leaves."""
-    dtype = accumulator_dtype(leaves)
+    dtype = accumulator(leaves)
     if not leaves:
         return GlobalNorm.of(0.0, dtype)
     with jax.named_scope("global_norm"):
@@ -229,7 +222,7 @@ def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
 @jax.custom_jvp
 def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
     """The root of the sum of squares, and its derivative Σ xᵢ/‖x‖ · ẋᵢ; 0 at 0."""
-    sums = functools.partial(two_sums, dtype=accumulator_dtype(leaves))
+    sums = functools.partial(two_sums, dtype=accumulator(leaves))
     if not all(map(_cpu.can_sum, leaves)):
         total = _over_devices(leaves, sums, lax.psum, add)
         return GlobalNorm.scaled(*root_of_squares(total))
@@ -263,7 +256,8 @@ def _p_norm(ord: float, leaves: list[Leaf]) -> GlobalNorm:
         return largest
     scale = largest.as_divisor()
     powers = jax.tree.map(lambda x: _power(_share(x, scale), ord), leaves)
-    return GlobalNorm.scaled(_power(_total(powers), 1 / ord) * scale.value, scale.unit)
+    root = _cpu.once(_total(powers)) ** (1 / ord)
+    return GlobalNorm.scaled(root * scale.value, scale.unit)
 
 
 @_p_norm.defjvp
@@ -286,7 +280,7 @@ def _p_norm_jvp(ord, primals, tangents):
         weights = jax.tree.map(lambda x: _power(x, ord - 1), shares)
         powers = jax.tree.map(lambda x: _power(x, ord), shares)
         divisor = _power(_total(powers), 1 - 1 / ord)
-    divisor = jnp.where(divisor > 0, divisor, 1)
+    divisor = _cpu.once(jnp.where(divisor > 0, divisor, 1))
 
     def product(weight: jax.Array, array: jax.Array, dot: jax.Array) -> jax.Array:
         signs = _signs(real_parts(array, weight.dtype))
@@ -300,7 +294,7 @@ def _p_norm_jvp(ord, primals, tangents):
 def _largest(leaves: list[Leaf]) -> GlobalNorm:
     """The largest modulus of any entry; a constant."""
     leaves = lax.stop_gradient(leaves)
-    norm = GlobalNorm.of(_largest_part(leaves), accumulator_dtype(leaves))
+    norm = GlobalNorm.of(_largest_part(leaves), accumulator(leaves))
     if not any(jnp.iscomplexobj(leaf.array) for leaf in leaves):
         return norm
     # A modulus may be larger than both of its parts, and overflow where they do not.
@@ -346,7 +340,7 @@ def _largest_part(leaves: list[Leaf]) -> jax.Array:
     By their bits, which for floats without a sign are in the same order, with NaN at
     the end: a maximum of floats loses a NaN on its way over devices.
     """
-    dtype = accumulator_dtype(leaves)
+    dtype = accumulator(leaves)
     integer = jnp.dtype(f"int{jnp.finfo(dtype).bits}")
     largest = functools.partial(functools.reduce, jnp.maximum)
 
@@ -356,7 +350,7 @@ def _largest_part(leaves: list[Leaf]) -> jax.Array:
         return largest([jnp.max(x, initial=0) for x in bits])
 
     bits = _over_devices(lax.stop_gradient(leaves), of_arrays, lax.pmax, largest)
-    return _hidden(lax.bitcast_convert_type(bits, dtype))[0]
+    return _cpu.once(lax.bitcast_convert_type(bits, dtype))
 
 
 # --- What all of them share.
@@ -381,7 +375,7 @@ def _over_devices(
 
 def _total(leaves: Sequence[Leaf]) -> jax.Array:
     """The sum of all entries."""
-    return _over_devices(leaves, lambda xs: add(list(map(jnp.sum, xs))), lax.psum, add)
+    return _over_devices(leaves, lambda xs: add([*map(jnp.sum, xs)]), lax.psum, add)
 
 
 def _tangent(norm: GlobalNorm, products: list[Leaf]) -> GlobalNorm:

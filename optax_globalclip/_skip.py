@@ -1,34 +1,25 @@
 """The skip around an optimizer, and its state."""
 
 import functools
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import as_ord, check_count, check_same
+from ._checks import as_count, as_ord, check_same, exported
 from ._clip import clip_leaves, given_norm
 from ._mesh import laid_out_like
 from ._norm import measure
-from ._threshold import (
-    MaxNorm,
-    QuantileState,
-    ThresholdState,
-    ZScoreState,
-    as_max_norm,
-    begin,
-    next_threshold,
-)
-from ._transform import ClipByGlobalNormState, count_if
+from ._threshold import MaxNorm, ThresholdState, as_max_norm, begin, next_threshold
+from ._transform import count_if
 from ._tree import AxisName, is_float0, is_sparse, split_updates, values_of, with_values
 
 
+@exported
 class SkipByGlobalNormState(NamedTuple):
     """State of :func:`skip_by_global_norm`: what the last update found and did.
 
@@ -122,10 +113,12 @@ def skip_by_global_norm(
             f"inner={inner!r} is no gradient transformation. Pass the optimizer first: "
             "skip_by_global_norm(optax.adam(1e-3), max_norm)."
         )
-    run_inner = _with_extra_args(inner)
+    # Others, such as optax.MultiSteps, have the methods of one.
+    transformation = isinstance(inner, optax.GradientTransformation)
+    run_inner = optax.with_extra_args_support(inner) if transformation else inner
     max_norm, order = as_max_norm(max_norm), as_ord(ord)
     if max_consecutive_skips is not None:
-        check_count("max_consecutive_skips", max_consecutive_skips, 0)
+        as_count("max_consecutive_skips", max_consecutive_skips, 0)
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
         state = begin(_BEFORE, max_norm, params)
@@ -148,25 +141,13 @@ def skip_by_global_norm(
         )
         taken, own = _judge(leaves, norm, threshold, own, order, max_consecutive_skips)
         old = state.inner_state
-        new_updates, new = run_inner(updates, old, params, **extra_args)
+        new_updates, new = run_inner.update(updates, old, params, **extra_args)
         check_same("The state that inner.update returned", new, old)
         new_updates, new = _select(taken, new_updates, new, old)
         own = own._replace(threshold_state=threshold_state, inner_state=new)
         return new_updates, own
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _with_extra_args(inner: Any) -> Any:
-    """The inner update, which is passed extra arguments only if it takes any."""
-    takes_any = isinstance(inner, optax.GradientTransformationExtraArgs)
-    if not isinstance(inner, optax.GradientTransformation):
-        # Such as optax.MultiSteps, which is no transformation but has its methods.
-        parameters = inspect.signature(inner.update).parameters.values()
-        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    if takes_any:
-        return inner.update
-    return lambda updates, state, params, **_: inner.update(updates, state, params)
 
 
 def _as_state(state: Any, init: Any, params: Any) -> SkipByGlobalNormState:
@@ -233,14 +214,3 @@ def _select(taken, updates, new_state, state):
 
     updates = jax.tree.map(update_or_zero, updates, is_leaf=is_sparse)
     return updates, jax.tree.map(new_or_old, new_state, state)
-
-
-for _state in (
-    ClipByGlobalNormState,
-    SkipByGlobalNormState,
-    ZScoreState,
-    QuantileState,
-):
-    jax.export.register_namedtuple_serialization(
-        _state, serialized_name=f"optax_globalclip.{_state.__name__}"
-    )

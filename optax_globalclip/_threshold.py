@@ -2,22 +2,14 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import (
-    Numeric,
-    Scalar,
-    as_scalar,
-    check_count,
-    check_same,
-    check_static,
-    unwrapped,
-)
+from ._checks import Numeric, as_count, as_scalar, check_same, exported, unwrapped
 from ._mesh import placement
 from ._norm import GlobalNorm, measure
 from ._tree import Leaf
@@ -95,7 +87,7 @@ def next_threshold(
     norm: GlobalNorm | None,
     ord: float,
     state: Any,
-) -> tuple[GlobalNorm | None, Scalar | None, ThresholdState]:
+) -> tuple[GlobalNorm | None, Any, ThresholdState]:
     """The norm as it is to be judged, the threshold, and the threshold's new state.
 
     Measures, unless the norm is given, if the threshold needs it. A :class:`Threshold`
@@ -113,18 +105,13 @@ def next_threshold(
     if callable(max_norm):
         threshold = max_norm(state.num_updates)
         return norm, as_scalar("the value of the schedule max_norm", threshold), None
-    return norm, cast(Scalar | None, max_norm), None  # A number is a float by now.
+    return norm, max_norm, None
 
 
 def admitted(norm: jax.Array, proposed: Any, state: Any) -> Any:
     """The state proposed if the norm is finite, else the state as it was."""
     finite = jnp.isfinite(norm)
-
-    def new_or_old(new: Any, old: Any) -> jax.Array:
-        old = jnp.asarray(old)
-        return jnp.where(finite, jnp.asarray(new, old.dtype), old)
-
-    return jax.tree.map(new_or_old, proposed, state)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
 
 
 def _initial(threshold: Threshold) -> ThresholdState:
@@ -146,6 +133,7 @@ def _initial(threshold: Threshold) -> ThresholdState:
 _NARROW = {"b": np.bool_, "i": np.int32, "f": np.float32, "c": np.complex64}
 
 
+@exported
 class ZScoreState(NamedTuple):
     """State of :func:`zscore_threshold`.
 
@@ -163,6 +151,7 @@ class ZScoreState(NamedTuple):
     spike_sum: Any
 
 
+@exported
 class QuantileState(NamedTuple):
     """State of :func:`quantile_threshold`.
 
@@ -247,7 +236,7 @@ def zscore_threshold(
     """
     as_scalar("z", z, 0, sys.float_info.max)
     as_scalar("decay", decay, 0, 1)
-    warmup_steps = check_count("warmup_steps", warmup_steps, 0)
+    warmup_steps = as_count("warmup_steps", warmup_steps, 0)
     # Subtracted here: in float64, if it is a Python number.
     weight = 1 - decay
 
@@ -255,9 +244,7 @@ def zscore_threshold(
         zero = np.float32(0)
         return ZScoreState(zero, zero, np.int32(0), zero)
 
-    def update(
-        norm: jax.Array, state: ZScoreState, count: jax.Array
-    ) -> tuple[jax.Array, ZScoreState]:
+    def update(norm, state, count):
         del count
         check_same("threshold_state", state, init())
         return _zscore_step(norm, state, z, weight, max(warmup_steps, 1))
@@ -353,21 +340,18 @@ def quantile_threshold(
       Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
       Networks <https://arxiv.org/abs/2007.14469>`_, 2020
     """
-    check_static("q", q)
-    as_scalar("q", q, 0, 1)
-    window = check_count("window", window, 1)
-    warmup_steps = check_count("warmup_steps", warmup_steps, 0)
+    q = as_scalar("q", q, 0, 1, static=True)
+    window = as_count("window", window, 1)
+    warmup_steps = as_count("warmup_steps", warmup_steps, 0)
     # Where the quantile of 1, 2, ... sorted norms lies. In float64, here and not in
     # the update: between 1 and a spike of 1e6 a float32 position is 4 off.
-    below, share = np.divmod(float(q) * np.arange(window), 1)
+    below, share = np.divmod(q * np.arange(window), 1)
     below, share = below.astype(np.int32), share.astype(np.float32)
 
     def init() -> QuantileState:
         return QuantileState(np.full(window, np.inf, np.float32), np.int32(0))
 
-    def update(
-        norm: jax.Array, state: QuantileState, count: jax.Array
-    ) -> tuple[jax.Array, QuantileState]:
+    def update(norm, state, count):
         del count
         check_same("threshold_state", state, init())
         return _quantile_step(norm, state, below, share, warmup_steps)

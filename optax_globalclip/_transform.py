@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import NonFinite, Numeric, as_ord, check_nonfinite, check_same
+from ._checks import NonFinite, Numeric, as_ord, check_nonfinite, check_same, exported
 from ._clip import check_finite, clip_leaves, given_norm
 from ._norm import measure
 from ._threshold import MaxNorm, ThresholdState, as_max_norm, begin, next_threshold
 from ._tree import AxisName, split_updates
 
 
+@exported
 class ClipByGlobalNormState(NamedTuple):
     """State of :func:`clip_by_global_norm`: what the last update found and did.
 

@@ -73,7 +73,7 @@ def split_updates(
     return [Leaf(arrays[i], axes[i]) for i in counted], join
 
 
-def accumulator_dtype(leaves: Sequence[Leaf]) -> jnp.dtype:
+def accumulator(leaves: Sequence[Leaf]) -> jnp.dtype:
     """float64 if any leaf is float64 or complex128, else float32."""
     doubles = jnp.float64, jnp.complex128
     double = any(leaf.array.dtype in doubles for leaf in leaves)
@@ -172,9 +172,8 @@ def _remedy(leaf: Any) -> str | None:
         return None
     if is_sparse(leaf) and not hasattr(leaf, "n_batch"):
         return "Pass a BCOO or BCSR matrix, which CSR, CSC and COO convert to."
-    if isinstance(leaf, np.ndarray) and type(leaf) not in (np.ndarray, np.memmap):
-        # Its meaning may not be in its buffer alone, as that of a masked array.
-        return "Pass numpy.asarray of it, or .filled(0) of a masked array."
+    if isinstance(leaf, np.ma.MaskedArray):
+        return "It is masked: pass its .filled(0)."
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return "Pass an abstract array through jax.eval_shape of this function."
     if isinstance(leaf, Iterable) and not hasattr(leaf, "dtype"):

@@ -24,8 +24,8 @@ for _profile, _cases in {"few": 5, "many": 12, "thorough": 20_000}.items():
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
-# Of a table with more rows than this the default run takes so many, drawn once for all.
-# The others are slow. A table whose every row is to be taken is marked ``whole``.
+# Of a table with more rows than this, the default run takes so many, drawn once for
+# all. The others are slow. Of a table marked ``whole`` it takes every row.
 SAMPLE = 2
 
 
@@ -40,11 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function) and not marks & {"slow", "whole"}:
             tables[item.path, item.originalname].append(item)
     for (_, name), table in tables.items():
-        if len(table) > SAMPLE:
-            taken = random.Random(name).sample(table, SAMPLE)
-            for item in table:
-                if item not in taken:
-                    item.add_marker(pytest.mark.slow)
+        taken = random.Random(name).sample(table, min(SAMPLE, len(table)))
+        for item in table:
+            if item not in taken:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

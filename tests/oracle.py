@@ -1,4 +1,4 @@
-"""The float64 NumPy oracle, and the trees and meshes that tests are run on."""
+"""The oracles in NumPy's long doubles, and the trees and meshes that tests share."""
 
 import contextlib
 import math
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from hypothesis import example, given, strategies as st
 from jax.sharding import AxisType
 
 # For tests that run code of Optax's own: it mixes dtypes, and uses deprecated names.
@@ -24,8 +23,11 @@ RUNS_OPTAX = [
 # these need this release.
 RECENT_JAX = jax.__version_info__ >= (0, 10, 2)
 
-# The largest relative error of a norm.
+# The largest relative error of a 2-norm in float32.
 SUMMED = 5e-7 if RECENT_JAX else 5e-6
+
+# Off a single CPU device, entries below may count as 0, by the accumulator's dtype.
+FLOOR = {np.dtype(np.float32): 5e-23, np.dtype(np.float64): 1e-287}
 
 FLOATS = {
     "float16": np.dtype(np.float16),
@@ -34,63 +36,72 @@ FLOATS = {
 }
 
 
-def entries(tree) -> np.ndarray:
-    """The moduli of all entries, in one float64 vector."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+def wide(leaf) -> np.ndarray:
+    """The leaf in long doubles, or complex ones."""
+    leaf = np.asarray(leaf)
+    if np.iscomplexobj(leaf):
+        return leaf.astype(np.clongdouble)
+    return leaf.astype(np.float64).astype(np.longdouble)
+
+
+def moduli(tree) -> np.ndarray:
+    """The moduli of all entries, in one vector."""
+    leaves = map(np.asarray, jax.tree.leaves(tree))
     leaves = [leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0]
-    wide = [
-        leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
-        for leaf in leaves
-    ]
-    return np.concatenate([np.abs(leaf).ravel() for leaf in wide] or [np.zeros(0)])
+    return np.concatenate([np.zeros(0), *(np.abs(wide(x)).ravel() for x in leaves)])
+
+
+def exact_norm(tree, ord: float = 2, floor: float = 0.0) -> np.longdouble:
+    """The norm, of entries scaled so that no power leaves the range of long doubles.
+
+    Entries less than the floor count as 0.
+    """
+    values = moduli(tree)
+    values = np.where(values < floor, 0, values)
+    largest = np.longdouble(values.max(initial=0))
+    if largest == 0 or not np.isfinite(largest) or ord == math.inf:
+        return largest
+    total = np.sum((values / largest) ** ord)
+    return np.longdouble(largest * total ** (1 / np.longdouble(ord)))
 
 
 def norm(tree, ord: float = 2) -> float:
-    """The norm in float64, of entries scaled so that no power leaves its range."""
-    values = entries(tree)
-    largest = values.max(initial=0.0)
-    if largest == 0 or not np.isfinite(largest) or ord == math.inf:
-        return float(largest)
-    powers = (values / largest) ** ord
-    return float(largest * math.fsum(powers) ** (1 / ord))
-
-
-def clipped(tree, max_norm: float, ord: float = 2):
-    """Every leaf times ``min(1, max_norm / norm)``, in float64."""
-    measured = norm(tree, ord)
-    scale = 1.0 if measured <= max_norm else max_norm / measured
-
-    def clip(leaf):
-        leaf = np.asarray(leaf)
-        wide = np.complex128 if np.iscomplexobj(leaf) else np.float64
-        return leaf.astype(wide) * scale
-
-    return jax.tree.map(clip, tree)
-
-
-def exact_norm(tree, ord: float = 2) -> np.longdouble:
-    """The norm in long doubles, for trees whose norm may leave float64's range."""
-    moduli = [np.abs(_long(leaf)).ravel() for leaf in jax.tree.leaves(tree)]
-    values = np.concatenate(moduli or [np.zeros(0, np.longdouble)])
-    largest = np.longdouble(values.max(initial=np.longdouble(0)))
-    if largest == 0 or not np.isfinite(largest) or ord == math.inf:
-        return largest
-    powers = (values / largest) ** np.longdouble(ord)
-    return np.longdouble(largest * np.sum(powers) ** (1 / np.longdouble(ord)))
+    """The norm in float64."""
+    return float(exact_norm(tree, ord))
 
 
 def exact_clipped(tree, max_norm, ord: float = 2):
     """Every leaf times ``min(1, max_norm / norm)``, in long doubles."""
     measured = exact_norm(tree, ord)
     scale = 1 if measured <= max_norm else np.longdouble(max_norm) / measured
-    return jax.tree.map(lambda leaf: _long(leaf) * scale, tree)
+    return jax.tree.map(lambda leaf: wide(leaf) * scale, tree)
 
 
-def _long(leaf) -> np.ndarray:
-    leaf = np.asarray(leaf)
-    if np.iscomplexobj(leaf):
-        return leaf.astype(np.clongdouble)
-    return leaf.astype(np.float64).astype(np.longdouble)
+def clipped(tree, max_norm, ord: float = 2):
+    """The same in float64."""
+
+    def narrow(leaf):
+        return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+    return jax.tree.map(narrow, exact_clipped(tree, max_norm, ord))
+
+
+def assert_norm(found, tree, ord: float = 2, tolerance=None, *, on_one_cpu=True):
+    """The norm is right, or inf if it is above the largest float of its dtype."""
+    found = np.asarray(found)
+    info = np.finfo(found.dtype)
+    tolerance = tolerance or (5e-15 if info.bits == 64 else 2e-6)
+    most = exact_norm(tree, ord)
+    least = most if on_one_cpu else exact_norm(tree, ord, FLOOR[found.dtype])
+    if np.isnan(most):
+        assert np.isnan(found)
+    elif found == math.inf:
+        # At the very edge, the last rounding decides between the largest and inf.
+        assert most > float(info.max) * (1 - tolerance)
+    else:
+        below = float(info.tiny) if most < float(info.tiny) else 0
+        low, high = least * (1 - tolerance) - below, most * (1 + tolerance) + below
+        assert low <= np.longdouble(found) <= high, (found, least, most)
 
 
 def assert_clipped(found, tree, max_norm, ord: float = 2, tolerance: float = 2e-6):
@@ -107,7 +118,7 @@ def assert_clipped(found, tree, max_norm, ord: float = 2, tolerance: float = 2e-
         info = jnp.finfo(new.dtype)
         half = info.dtype == np.float16
         flushed = float(info.smallest_subnormal if half else info.tiny)
-        error = np.abs(_long(new) - right)
+        error = np.abs(wide(new) - right)
         allowed = (eps(old) / 2 + tolerance) * np.abs(right) + flushed
         assert (error <= allowed).all(), (new, right)
 
@@ -115,6 +126,55 @@ def assert_clipped(found, tree, max_norm, ord: float = 2, tolerance: float = 2e-
 def eps(leaf) -> float:
     """Twice the largest relative error of one rounding to the leaf's dtype."""
     return float(jnp.finfo(leaf.dtype).eps)
+
+
+# --- Derivatives, at entries of every magnitude.
+
+TINY = float(np.finfo(np.float32).tiny)
+VALUES = np.array([1.0, -2.0, 0.5, 1.5, -0.25, 3.0])
+WEIGHTS = np.array([0.5, 1.0, -1.0, 2.0, 0.25, -0.75])
+EXTREMES = (-35, -15, -12, 0, 19, 20, 35, 38)
+
+
+def every_magnitude(test):
+    """Runs a test over magnitudes from 1e-35 to 1e38, the extreme ones always."""
+    for power in EXTREMES:
+        test = example(power)(test)
+    return given(st.integers(-35, 38))(test)
+
+
+def at(power, dtype=np.float32):
+    return (VALUES * 10.0**power).astype(dtype)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    """Close relative to the largest entry; results may be flushed below TINY."""
+    atol = tolerance * float(np.abs(expected).max()) + TINY
+    error = np.abs(np.asarray(found).astype(np.longdouble) - expected)
+    assert (error <= atol).all(), (found, expected)
+
+
+def slope(x, ord):
+    """The gradient of the p-norm."""
+    x = wide(x)
+    size = exact_norm(x, ord)
+    if ord == math.inf:
+        largest = np.abs(x) == size
+        return np.sign(x) * largest / largest.sum()
+    return np.sign(x) * (np.abs(x) / size) ** (ord - 1)
+
+
+def curvature(x, ord):
+    """The Hessian of the p-norm."""
+    x = wide(x)
+    size, unit = exact_norm(x, ord), slope(x, ord)
+    if ord == math.inf:
+        return np.zeros((x.size, x.size), np.longdouble)
+    diagonal = np.diag((np.abs(x) / size) ** (ord - 2))
+    return (ord - 1) / size * (diagonal - np.outer(unit, unit))
+
+
+# --- Trees, meshes and programs.
 
 
 def normals(shapes, dtype="float32", seed=0, scale=1.0):
@@ -127,44 +187,6 @@ def normals(shapes, dtype="float32", seed=0, scale=1.0):
         )
 
     return jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
-
-
-def trees(
-    dtypes: tuple[str, ...] = tuple(FLOATS), *, min_leaves: int = 0
-) -> st.SearchStrategy:
-    """Nested trees with None in them, of every shape and magnitude of the dtypes."""
-    leaves = st.sampled_from(dtypes).flatmap(_arrays)
-    nests = st.recursive(
-        st.none() | leaves,
-        lambda inner: (
-            st.lists(inner, max_size=4)
-            | st.tuples(inner, inner)
-            | st.dictionaries(st.sampled_from("abcd"), inner, max_size=4)
-        ),
-        max_leaves=8,
-    )
-    return nests.filter(lambda tree: len(jax.tree.leaves(tree)) >= min_leaves)
-
-
-def _arrays(name: str) -> st.SearchStrategy:
-    dtype = FLOATS[name]
-    info = ml_dtypes.finfo(dtype)
-
-    def at_magnitude(exponent: int) -> st.SearchStrategy:
-        limit = min(float(info.max), 2.0**exponent)
-        # Subnormal entries have tests of their own: XLA on CPU computes none.
-        tiny = float(info.tiny)
-        magnitudes = st.floats(min(tiny, limit), limit, allow_subnormal=False)
-        elements = (st.just(0.0) | magnitudes | magnitudes.map(lambda x: -x)).map(
-            lambda x: float(np.asarray(x, dtype))
-        )
-        shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
-        wide = shapes.flatmap(
-            lambda shape: hnp.arrays(np.float64, shape, elements=elements)
-        )
-        return wide.map(lambda array: jnp.asarray(array.astype(dtype)))
-
-    return st.integers(int(info.minexp) + 1, int(info.maxexp)).flatmap(at_magnitude)
 
 
 def mesh(*axis_types: AxisType) -> jax.sharding.Mesh:

@@ -6,7 +6,6 @@ of its own, ``pip install -e '.[test]' 'jax[cuda12]'``. Run it by itself, as
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from benchmarks import accelerators, by_hand, targets, transformer
+from benchmarks import accelerators, by_hand, cases, networks, targets
 from benchmarks.programs import Collective
 from optax_globalclip import (
     clip_by_global_norm,
@@ -60,11 +59,8 @@ def leaf(*shape, dtype="float32", sharding=None):
 
 def four_blocks(dtype):
     """52 of GPT-2's leaves: too large for the VMEM of a TPU."""
-    return jax.tree.map(
-        lambda shape: leaf(*shape, dtype=dtype),
-        transformer.shapes(4),
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    shapes = networks.gpt2_small()
+    return networks.abstract(shapes | {"blocks": shapes["blocks"][:4]}, dtype)
 
 
 def size_of(tree):
@@ -96,18 +92,12 @@ def compile_clip(target, tx, updates):
 
 
 @functools.cache
-def sharded_clip(*case):
+def sharded_clip(target_name, clip, mode, layout, dtype):
     """The clip for eight devices, compiled."""
-    mesh, update, *arguments = sharded_update(*case)
-    with jax.set_mesh(mesh):
-        return targets.TARGETS[case[0]].compile(update, *arguments, donate=(0,))
-
-
-def sharded_update(target_name, clip, mode, layout, dtype="float32"):
-    """A mesh, the clip on it, and what to call that with."""
+    target = targets.TARGETS[target_name]
     tx, specs = CLIPS[clip](), SHARDED[layout]
     kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
-    mesh = targets.TARGETS[target_name].mesh((4, 2), ("x", "y"), (kind,) * 2)
+    mesh = target.mesh((4, 2), ("x", "y"), (kind,) * 2)
     shapes = {"up": (512, 1024), "down": (1024, 512), "scale": (512,)}
     updates = {
         name: leaf(*shapes[name], dtype=dtype, sharding=NamedSharding(mesh, spec))
@@ -122,7 +112,8 @@ def sharded_update(target_name, clip, mode, layout, dtype="float32"):
         update = jax.shard_map(
             update, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P())
         )
-    return mesh, update, updates, state
+    with jax.set_mesh(mesh):
+        return target.compile(update, updates, state, donate=(0,))
 
 
 def assert_straight(compiled):
@@ -134,21 +125,11 @@ def assert_straight(compiled):
 # --- No control flow.
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
-def test_clip_alone_has_no_control_flow(target, dtype):
-    updates = [leaf(1024, 512 + i, dtype=dtype) for i in range(3)]
-    assert_straight(compile_clip(target, CLIPS["ours"](), updates))
-
-
 @pytest.mark.parametrize("clip", ["ours", "z-score", "quantile", "zeros"])
-def test_clip_of_several_dtypes_has_no_control_flow(target, clip):
-    updates = [leaf(1024, 512, dtype=dtype) for dtype in (*DTYPES, "float16")]
-    assert_straight(compile_clip(target, CLIPS[clip](), updates))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_step_has_no_control_flow(target, dtype):
-    assert_straight(adamw_after(target.name, "ours", dtype))
+def test_clip_has_no_control_flow(target, clip):
+    for dtypes in ([*DTYPES, "float16"], ["float32"] * 3, ["float16"] * 3):
+        updates = [leaf(1024, 512, dtype=dtype) for dtype in dtypes]
+        assert_straight(compile_clip(target, CLIPS[clip](), updates))
 
 
 @pytest.mark.parametrize("max_norm", [1.0, zscore_threshold()], ids=["1", "z-score"])
@@ -158,36 +139,32 @@ def test_skipped_step_has_no_control_flow(target, max_norm):
     assert_straight(compile_step(target, tx, params))
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
-@pytest.mark.parametrize("layout", SHARDED)
-def test_sharded_clip_has_no_control_flow(target, mode, layout):
-    assert_straight(sharded_clip(target.name, "ours", mode, layout))
-
-
 # --- What a step costs.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_costs_one_read_of_the_gradients(target, dtype):
-    none = adamw_after(target.name, "none", dtype).program.hbm_bytes
-    ours = adamw_after(target.name, "ours", dtype).program.hbm_bytes
-    assert ours - none <= 1.05 * size_of(four_blocks(dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("peer", ["optax", "by hand"])
-def test_step_has_no_more_kernels_or_cycles(target, peer, dtype):
-    theirs = adamw_after(target.name, peer, dtype).program
-    ours = adamw_after(target.name, "ours", dtype).program
-    assert cost_of(ours) <= cost_of(theirs)
+def test_step_costs_one_read_of_the_gradients_and_no_more_than_peers(
+    target, peer, dtype
+):
+    none, theirs, ours = (
+        adamw_after(target.name, clip, dtype) for clip in ("none", peer, "ours")
+    )
+    assert_straight(ours)
+    read = ours.program.hbm_bytes - none.program.hbm_bytes
+    assert read <= 1.05 * size_of(four_blocks(dtype))
+    assert cost_of(ours.program) <= cost_of(theirs.program)
+    assert ours.temporary_bytes <= 1.1 * theirs.temporary_bytes + 2**20
 
 
 def test_training_step_costs_no_more(target):
     if target.name == "v6e":
         pytest.skip("compiles for a minute, and the sums are those of a v5e")
     # The sums must fuse with the backward pass. If not, they cost up to half the step.
-    step = accelerators.dense_training_step(layers=4)
-    theirs, ours = (step.program(target, clip).program for clip in ("optax", "ours"))
+    case = cases.training_step("dense", "float32")
+    theirs, ours = (
+        accelerators.compiled(target, case, clip).program for clip in ("optax", "ours")
+    )
     assert cost_of(ours) <= 1.02 * cost_of(theirs)
 
 
@@ -196,46 +173,24 @@ def cost_of(program):
     return program.kernels if program.cycles is None else program.cycles
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("peer", ["optax", "by hand"])
-def test_step_holds_no_more_temporaries(target, peer, dtype):
-    theirs = adamw_after(target.name, peer, dtype)
-    ours = adamw_after(target.name, "ours", dtype)
-    assert ours.temporary_bytes <= 1.1 * theirs.temporary_bytes + 2**20
-
-
-@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
-def test_shards_are_reduced_to_numbers_on_tpus_and_to_rows_on_gpus(target, mode):
-    mesh, update, *arguments = sharded_update(target.name, "ours", mode, "both axes")
-    with jax.set_mesh(mesh):
-        jaxpr = str(jax.make_jaxpr(update)(*arguments))
-    whole = re.search(r"reduce_sum\[\s*axes=\(0, 1\)", jaxpr)
-    assert (whole is not None) == (target.platform == "tpu")
-
-
 # --- What devices exchange.
 
 
-@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
+@pytest.mark.parametrize("mode", ["auto", "explicit", "shard_map"])
 @pytest.mark.parametrize("layout", SHARDED)
-def test_one_all_reduce_of_three_numbers_for_each_set_of_axes(target, mode, layout):
-    compiled = sharded_clip(target.name, "ours", mode, layout)
-    expected = (Collective("all-reduce", 3),) * DISTINCT_SETS[layout]
-    assert compiled.program.collectives == expected
-
-
-@pytest.mark.parametrize("mode", ["explicit", "shard_map"])
-def test_float16_needs_no_more_numbers(target, mode):
-    compiled = sharded_clip(target.name, "ours", mode, "both axes", "float16")
-    (collective,) = compiled.program.collectives
-    assert collective.kind == "all-reduce"
-    assert collective.numbers <= 3
-
-
-@pytest.mark.parametrize("layout", SHARDED)
-def test_auto_axes_need_nothing_but_all_reduces(target, layout):
-    theirs = sharded_clip(target.name, "by hand", "auto", layout).program
-    ours = sharded_clip(target.name, "ours", "auto", layout).program
-    assert {each.kind for each in ours.collectives} == {"all-reduce"}
-    numbers = sum(each.numbers for each in ours.collectives)
-    assert numbers <= 3 * sum(each.numbers for each in theirs.collectives)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sharded_clip_exchanges_one_number_for_each_set_of_axes(
+    target, mode, layout, dtype
+):
+    """Where axes are not manual XLA may take more, but no more than for a plain sum."""
+    program = sharded_clip(target.name, "ours", mode, layout, dtype).program
+    assert program.conditionals == program.whiles == 0
+    if mode == "shard_map":
+        expected = (Collective("all-reduce", 1),) * DISTINCT_SETS[layout]
+        assert program.collectives == expected
+        return
+    theirs = sharded_clip(target.name, "by hand", mode, layout, dtype).program
+    assert {each.kind for each in program.collectives} == {"all-reduce"}
+    assert len(program.collectives) <= len(theirs.collectives)
+    numbers = sum(each.numbers for each in theirs.collectives)
+    assert sum(each.numbers for each in program.collectives) <= numbers

@@ -1,40 +1,47 @@
 """The benchmarks time what they say, on trees small enough for a test."""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
 
 import jax
-import matplotlib
+import jax.numpy as jnp
+import matplotlib.colors
 import numpy as np
 import pytest
 import rich.progress
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import (
+    __main__ as command,
     accelerators,
     cases,
-    compiled_figure,
-    dense,
-    figure,
-    redraw,
-    report,
-    sharding,
-    spikes,
-    spikes_figure,
+    figures,
+    measured,
+    networks,
+    programs,
+    results,
     style,
-    transformer,
 )
-from benchmarks.__main__ import plan, table
 from benchmarks.measure import Contender, interleaved, rows
 from benchmarks.programs import Collective, Program
 from benchmarks.targets import TARGETS, Compiled
-from benchmarks.trees import gpt2_small_shapes, llama_70b, resnet50_shapes
 
-pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parent.parent
+OPTIMIZERS = ("AdamW", "SGD with momentum", "Lion", "Adafactor")
 
-RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
+
+# --- What is timed.
 
 
 @pytest.fixture
@@ -90,138 +97,340 @@ def test_what_is_added_is_the_difference_in_each_round():
     assert found[2]["ratio_quartiles"] == [0.25, 0.625]
 
 
-@pytest.mark.parametrize("optimizer", list(cases.OPTIMIZERS))
-def test_every_optimizer_runs(optimizer, progress, optax_promotes):
-    found = cases.added_to_step(optimizer, [(130, 140)], "float32", 2, progress)
-    names = [row["contender"] for row in found]
-    assert names == ["none", "by hand", "optax", "ours", "one read"]
-    assert all(row["milliseconds"] > 0 for row in found)
-    assert found[1]["temporary_mb"] is not None
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            cases.optimizer_step(name, "float32", divisor=64)
+            for name in cases.OPTIMIZERS
+        ),
+        cases.optimizer_step("AdamW", "bfloat16", cases.EVERY, divisor=64),
+        cases.training_step("dense", "float32", cases.EVERY, width=16),
+        cases.alone("clip alone, small", (100, 3), "float32"),
+    ],
+    ids=str,
+)
+def test_every_case_is_timed(case, progress, optax_promotes):
+    with jax.numpy_rank_promotion("allow"):  # As in the code of users.
+        found = {row["contender"]: row for row in measured.rows_of(case, 2, progress)}
+    assert {*case.contenders, "one read"} <= set(found)
+    assert all(row["milliseconds"] > 0 for row in found.values())
+    assert found["ours"]["temporary_mb"] is not None
+    assert ("share_of_copy_bandwidth" in found["ours"]) == (case.optimizer is None)
+
+
+@pytest.fixture
+def quick_cases(monkeypatch, tmp_path):
+    """Two cases in place of all; gives the arguments, and the file of results."""
+    two = [cases.alone("small", (100,), dtype) for dtype in ("float32", "bfloat16")]
+    monkeypatch.setattr(cases, "measured", lambda quick: two)
+    monkeypatch.setattr(measured, "outside_jit", lambda rounds, progress: [])
+    return ["--out", str(tmp_path)], tmp_path / f"{results.slug()}.json"
 
 
 @pytest.mark.slow
-def test_clip_alone_table_and_figure(tmp_path, progress, optax_promotes):
-    found = cases.alone("clip alone, small", (100, 3), "float32", 2, progress)
-    found += cases.added_to_step("AdamW", [(10, 10)], "float32", 2, progress)
-    found += cases.against_parameters([160, 320], 2, progress)
-    found += cases.against_leaves([1, 2], progress)
-    assert table(found).row_count == len(found)
-    figure.draw({"machine": "a test", "rows": found}, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-    lines = report.lines({"rows": found})
-    assert len(lines) == 2
-    assert lines[0].startswith("| clip alone, small, float32 | ")
+def test_a_run_goes_on_where_it_was_interrupted(quick_cases, monkeypatch):
+    arguments, path = quick_cases
+    timed, calls = measured.rows_of, []
+
+    def interrupted(case, *rest):
+        calls.append(str(case))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return timed(case, *rest)
+
+    monkeypatch.setattr(measured, "rows_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments)
+    command.main([*arguments, "--only", "bfloat16"])
+    command.main(arguments)
+    small = ["small, float32", "small, bfloat16"]
+    assert calls == [*small, small[1], small[1]]  # What --only prints is not kept.
+    assert {row["dtype"] for row in results.read(path)["rows"]} == {
+        "float32",
+        "bfloat16",
+    }
+    monkeypatch.setattr(results, "source", lambda: "another")
+    command.main(arguments)
+    assert calls[4:] == small
 
 
-@pytest.mark.parametrize("mode", sharding.MODES)
-@pytest.mark.parametrize("what", ["clip", "AdamW"])
-def test_sharded_programs_are_compiled(mode, what, optax_promotes):
-    ours = sharding.row(8, mode, what, "ours", layers=1)
-    theirs = sharding.row(8, mode, what, "optax", layers=1)
-    assert ours.others == theirs.others == 0
-    if mode == "jit, auto":
-        assert 0 < ours.all_reduces <= theirs.all_reduces
-    else:
-        assert (ours.all_reduces, ours.numbers) == (1, 3)
-    # What a mesh of CPU devices holds besides is no goal: it serves tests.
-    assert ours.temporary_mb > 0
-    results = {"rows": [dataclasses.asdict(row) for row in (theirs, ours)]}
-    (line,) = report.sharding_lines(results)
-    assert line.startswith(f"| 8 | {mode} | {what} | {theirs.all_reduces} → ")
+def test_plans_differ(tmp_path):
+    def plan(quick=False, gpu=False, small=False):
+        options = dict(quick=quick, gpu=gpu, small=small)
+        return command.plan(type("Options", (), options))
+
+    assert len(plan(quick=True)) < len(plan())
+    assert list(plan(gpu=True))[0] == list(plan(gpu=True, small=True))[0]
+    assert any("step of decoder" in name for name in plan(gpu=True))
+    written = json.loads((results.FOLDER / "cpu-2-cores.json").read_text())
+    timed = {f"{row['case']}, {row['dtype']}" for row in written["rows"]}
+    assert timed == set(plan())
 
 
-@pytest.mark.parametrize("kind", spikes.KINDS)
-def test_bad_batches_are_those_of_the_kind(kind):
-    found = spikes.faults(kind, 10_000, seed=0)
-    bad = found.nan | found.random | (found.factor != 1)
-    assert not bad[: spikes.FIRST_BAD].any()
-    shares = {"clean": 0, "scaled": 0.01, "bursts": 0.02, "labels": 0.05, "NaN": 0.01}
-    assert bad.mean() == pytest.approx(shares[kind], rel=0.25)
-    assert found.nan.any() == (kind == "NaN")
-    assert found.random.any() == (kind in ("bursts", "labels"))
-    assert set(found.factor[bad]) <= {1, 100, 1000}
-    again = spikes.faults(kind, 10_000, seed=0)
-    for one, other in zip(found, again, strict=True):
-        np.testing.assert_array_equal(one, other)
+def test_rows_of_another_setting_are_left_out(tmp_path):
+    path = tmp_path / "folder" / "file.json"
+    assert results.rows(path, {"a": 1}) == []
+    results.write({"a": 1, "b": 2, "rows": [{"c": 3}]}, path)
+    assert results.rows(path, {"a": 1}) == [{"c": 3}]
+    assert results.rows(path, {"a": 2}) == []
 
 
-@pytest.mark.parametrize("method", spikes.METHODS)
-def test_every_method_survives_a_nan(method, optax_promotes):
-    faults = spikes.faults("NaN", 300, seed=1)
-    assert faults.nan.any()
-    value = spikes.VALUES[method][-1]
-    run = spikes.train(spikes.Setting(method, value, 0.1), 1, faults)
-    assert run.accuracy > 0.5
-    np.testing.assert_array_equal(np.isnan(run.norms), faults.nan)
+def test_tables_have_the_columns_that_hold_a_value(capsys):
+    found = [{"a_b": 1000, "c": None}, {"a_b": [1, 2.5], "c": None, "d": "[x]"}]
+    table = results.table(found, "A title")
+    assert (table.title, table.row_count) == ("A title", 2)
+    assert [column.header for column in table.columns] == ["a b", "d"]
+    cells = [list(column.cells) for column in table.columns]
+    assert cells == [["1,000", "1 to 2.5"], ["", r"\[x]"]]
+
+
+# --- Networks.
+
+
+def test_trees_have_the_sizes_of_the_models():
+    def sizes(shapes):
+        leaves = jax.tree.leaves(networks.abstract(shapes, "bfloat16"))
+        return len(leaves), sum(leaf.size for leaf in leaves)
+
+    assert sizes(networks.gpt2_small()) == (148, 124_439_808)
+    assert sizes(networks.resnet50()) == (161, 25_557_032)
+    shapes, specs = networks.llama_70b()
+    assert sizes(shapes) == (723, 70_553_706_496)
+    assert len(jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))) == 723
 
 
 @pytest.mark.slow
-def test_a_scaled_batch_ends_the_run_without_a_clip(optax_promotes):
-    faults = spikes.faults("scaled", 400, seed=1)
-    settings = (
-        spikes.Setting("no clipping", None, 0.1),
-        spikes.Setting("constant", 1.0, 0.1),
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_networks_have_gradients_for_all_parameters(name, optax_promotes):
+    case = cases.training_step(name, "float32")
+    with jax.numpy_rank_promotion("allow"):
+        grads = jax.eval_shape(jax.grad(case.loss_of), case.params, case.data)
+    assert grads == case.params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("name", cases.EIGHT)
+def test_steps_on_eight_devices_are_traced(name, mode, optax_promotes, monkeypatch):
+    """For CPU devices, as there need be no compiler for others."""
+    target = dataclasses.replace(TARGETS["v5e"], platform="cpu")
+    monkeypatch.setattr(
+        type(target), "devices", lambda self, count=1: jax.devices()[:count]
     )
-    lost, kept = (spikes.train(setting, 1, faults) for setting in settings)
-    assert lost.accuracy < spikes.LOST < 0.5 < kept.accuracy
-    left_out = spikes.train(settings[0], 1, faults, leave_out=True)
-    assert left_out.accuracy > 0.5
-    assert (left_out.norms[faults.factor > 1] > 20).all()
-    assert lost.touched == 0 < kept.touched
+    monkeypatch.setattr(networks, "LENGTH", 16)
+    with jax.numpy_rank_promotion("allow"):
+        found = accelerators.compiled(target, cases.on_eight(name, mode), "by hand")
+    assert any(each.kind == "all-reduce" for each in found.program.collectives)
 
 
-def runs_of(*accuracies):
-    return [spikes.Run(accuracy, 0.5, None) for accuracy in accuracies]
+# --- What is compiled.
 
 
-def test_lost_runs_are_counted_and_not_averaged():
-    row = spikes.row(runs_of(0.1, 0.9, 0.8), runs_of(0.9, 0.9, 0.9))
-    assert row["lost"] == 1
-    assert row["accuracy"] == 0.85
-    assert row["more_than_constant"] == -0.05
-    assert row["accuracies"] == [0.1, 0.9, 0.8]
-    none_left = spikes.row(runs_of(0.1, 0.1), runs_of(0.9, 0.9))
-    assert none_left["accuracy"] is None
-    assert none_left["lost"] == 2
+def compiled_rows(target):
+    """As if each program of the plan had been compiled."""
+    reduced = (Collective("all-reduce", 2), Collective("all-reduce", 1))
+    cycles = None if target.name == "h100" else 10**6
+    program = Program(10**9, 10**9, 100, cycles, 0, 1, reduced)
+    compiled = Compiled(program, temporary_bytes=10**6, build_seconds=1.0)
+    return [
+        accelerators.row(case, clip, compiled)
+        for case in cases.compiled(target.name)
+        for clip in case.contenders
+    ]
 
 
-def test_the_best_setting_of_each_method_is_chosen():
-    tuned = {
-        (setting, kind): runs_of(0.9 if setting.learning_rate == 0.1 else 0.5)
-        for setting in spikes.grid()
-        for kind in spikes.KINDS
-    }
-    chosen = spikes.best(tuned)
-    assert [setting.method for setting in chosen] == list(spikes.METHODS)
-    assert {setting.learning_rate for setting in chosen} == {0.1}
-    rows = spikes.grid_rows(tuned, chosen)
-    assert len(rows) == len(spikes.grid())
-    assert sum(row["chosen"] for row in rows) == len(spikes.METHODS)
+@pytest.mark.parametrize("name", ["v5e", "h100"])
+def test_compiled_programs_are_summed_up_in_groups(name):
+    found = compiled_rows(TARGETS[name])
+    assert accelerators.shown(found[0])["collectives"] == "2 all-reduce (3)"
+    groups = {line["group"] for line in accelerators.summary(found)}
+    assert {"one device", "eight devices", "added to AdamW"} < groups
 
 
-def test_spikes_are_drawn_and_tabled(tmp_path):
-    tuned = {
-        (setting, kind): runs_of(0.9, 0.8, 0.1)
-        for setting in spikes.grid()
-        for kind in spikes.KINDS
-    }
-    chosen = spikes.best(tuned)
-    tested = {(s, kind): runs for (s, kind), runs in tuned.items() if s in chosen}
-    results = {"grid": spikes.grid_rows(tuned, chosen), "rows": spikes.rows(tested)}
-    assert spikes.table(results["rows"]).row_count == len(spikes.METHODS)
-    spikes_figure.draw(results, tmp_path / "spikes.png")
-    spikes_figure.draw_grid(results, tmp_path / "grid.png")
-    for path in tmp_path.iterdir():
-        assert path.stat().st_size > 10_000
+def test_summary_has_the_geometric_mean_and_the_worst():
+    found = compiled_rows(TARGETS["v5e"])
+    mine = [row for row in found if row["contender"] == "ours"][:2]
+    mine[0]["cycles"], mine[1]["cycles"] = 4 * 10**6, 10**6
+    pairs = [row for row in found if row["case"] == mine[0]["case"]]
+    (line,) = [
+        each
+        for each in accelerators.summary(pairs)
+        if each["what"] == "cost: ours to optax"
+    ]
+    assert (line["mean"], line["worst"], line["programs"]) == (2, 4, 2)
+    assert line["worst_in"] == f"{mine[0]['case']}, {mine[0]['dtype']}"
 
 
+def test_a_gpu_costs_bytes_and_kernels():
+    row = {"cycles": None, "hbm_gb": 3.35, "kernels": 500}
+    assert accelerators.cost(row) == pytest.approx(2e-3)
+    assert accelerators.cost(row | {"cycles": 7}) == 7
+
+
+def test_only_what_is_missing_is_compiled(monkeypatch, tmp_path):
+    target, compiled = TARGETS["v5e"], []
+    found = iter(compiled_rows(target))
+    monkeypatch.setattr(accelerators, "_warm_up", lambda target: None)
+    monkeypatch.setattr(accelerators, "compiled", lambda *args: compiled.append(args))
+    monkeypatch.setattr(
+        accelerators,
+        "row",
+        lambda case, clip, _: {
+            **next(found),
+            "case": case.name,
+            "dtype": case.dtype,
+            "contender": clip,
+            "source": accelerators._source(clip),
+        },
+    )
+    plan = cases.compiled("v5e")[:2]
+    both = [(case, clip) for case in plan for clip in case.contenders]
+
+    def run(chosen, anew=False):
+        compiled.clear()
+        path, console = tmp_path / "file.json", results.console()
+        kept = accelerators.run(target, plan, chosen, path, anew=anew, console=console)
+        assert len(kept) == len(chosen)
+        return len(compiled), len(results.read(path)["rows"])
+
+    assert run(both[:3]) == (3, 3)
+    assert run(both) == (5, 8)
+    assert run(both[:1]) == (0, 8)
+    assert run(both[:1], anew=True) == (1, 8)
+    monkeypatch.setattr(results, "source", lambda: "another")
+    assert run(both) == (2, 8)  # Ours, in two cases.
+
+
+# --- What is counted in a compiled program, on a text with known counts.
+
+
+TEXT = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%fused (p: f32[100]) -> f32[] {
+  %p = f32[100]{0} parameter(0)
+  ROOT %inside = f32[] reduce(%p), dimensions={0}, to_apply=%add
+}
+
+%rescue (q: (f32[100])) -> (f32[]) {
+  %q = (f32[100]{0}) parameter(0)
+  %g = f32[100]{0} get-tuple-element(%q), index=0
+  %dear = f32[] fusion(%g), kind=kLoop, calls=%fused
+  ROOT %r = (f32[]) tuple(%dear)
+}
+
+%body (s: (s32[])) -> (s32[]) {
+  %s = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %next = s32[] add(%i, %i)
+  ROOT %t = (s32[]) tuple(%next)
+}
+
+%called (c: bf16[10,10]) -> bf16[10,10] {
+  %c = bf16[10,10]{1,0} parameter(0)
+  ROOT %twice = bf16[10,10]{1,0} add(%c, %c)
+}
+
+ENTRY %main (x: f32[100], y: bf16[10,10]) -> (f32[100], bf16[10,10]) {
+  %x = f32[100]{0:T(128)} parameter(0)
+  %y = bf16[10,10]{1,0} parameter(1)
+  %slice-start = ((f32[100]{0:T(128)}), f32[25]{0:T(128)S(1)}, s32[]{:S(2)}) \
+slice-start(%x), slice={[0:25]}
+  %slice-done = f32[25]{0:T(128)S(1)} slice-done(%slice-start)
+  %copy-start = (f32[100]{0:T(128)S(1)}, f32[100]{0:T(128)}, u32[]{:S(2)}) \
+copy-start(%x)
+  %copy-done = f32[100]{0:T(128)S(1)} copy-done(%copy-start)
+  %view = f32[25]{0:T(128)S(1)} custom-call(%slice-done), \
+custom_call_target="ConcatBitcast"
+  %sums = (f32[3]{0:T(128)}, /*index=1*/f32[]) fusion(%copy-done, %view, \
+/*index=2*/%y), kind=kInput, calls=%fused, \
+backend_config={"estimated_cycles":"1000","size":"1"}
+  %three = f32[3]{0:T(128)} get-tuple-element(%sums), index=0
+  %all-reduce-start = f32[3]{0} all-reduce-start(%three), channel_id=1, to_apply=%add
+  %all-reduce-done = f32[3]{0} all-reduce-done(%all-reduce-start)
+  %in = (f32[100]{0:T(128)}) tuple(%x)
+  %one = s32[] constant(1)
+  %n = s32[]{:T(128)} parameter(2)
+  %next_n = s32[]{:T(128)S(6)} add(%n, %n)
+  %branch = (f32[]) conditional(%one, %in, %in), branch_computations={%rescue, %rescue}
+  %count = (s32[]) tuple(%one)
+  %loop = (s32[]) while(%count), condition=%condition, body=%body
+  %doubled = bf16[10,10]{1,0} call(%y), to_apply=%called
+  %scaled = f32[100]{0:T(128)} multiply(%copy-done, %all-reduce-done), \
+metadata={op_name="jit(f)/mul"}, backend_config={"estimated_cycles":"200"}
+  ROOT %out = (f32[100]{0:T(128)}, bf16[10,10]{1,0}) tuple(%scaled, %doubled)
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program():
+    return programs.parse(TEXT)
+
+
+def test_reads_count_what_comes_from_hbm(program):
+    slice_, copy, sums = 4 * 25, 4 * 100, 2 * 100
+    reduced, turn, call, scaled = 4 * 3, 2 * 4, 2 * 200, 4 * 3
+    expected = slice_ + copy + sums + reduced + turn + call + scaled
+    assert program.read_bytes == expected
+
+
+def test_writes_count_what_goes_to_hbm(program):
+    sums, reduced, turn, call, scaled = 4 * 4, 4 * 3, 4, 200, 400
+    assert program.written_bytes == sums + reduced + turn + call + scaled
+    assert program.hbm_bytes == program.read_bytes + program.written_bytes
+
+
+def test_kernels_are_those_of_the_path_that_runs(program):
+    # The sums, their all-reduce, a turn of the loop, the call, the product. A TPU's
+    # addition of scalars is none.
+    assert program.kernels == 5
+
+
+def test_cycles_are_added(program):
+    assert program.cycles == 1200
+
+
+def test_cycles_are_none_without_an_estimate():
+    assert programs.parse(TEXT.replace("estimated_cycles", "x")).cycles is None
+
+
+def test_control_flow_is_counted(program):
+    assert (program.conditionals, program.whiles) == (1, 1)
+
+
+def test_collectives_carry_how_many_numbers_a_device_contributes(program):
+    assert program.collectives == (Collective("all-reduce", 3),)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("float32", 4), ("bfloat16", 2), ("int8", 1), ("bool", 1), ("complex64", 8)],
+)
+def test_real_programs_are_parsed(dtype, size):
+    leaf = jax.ShapeDtypeStruct((1000,), jnp.dtype(dtype))
+    text = jax.jit(jnp.flip).lower(leaf).compile().as_text()
+    program = programs.parse(text)
+    assert program.kernels == 1
+    assert program.read_bytes == program.written_bytes == 1000 * size
+    assert program.collectives == ()
+
+
+# --- Figures.
+
+
+@pytest.mark.slow
 def test_all_figures_are_drawn_from_the_results(tmp_path):
-    for path in RESULTS.glob("*.json"):
+    for path in results.FOLDER.glob("*.json"):
         shutil.copy(path, tmp_path)
-    redraw.main(["--out", str(tmp_path)])
+    figures.main(["--out", str(tmp_path)])
     drawn = {path.name for path in tmp_path.glob("*.png")}
     made_elsewhere = {"demo.png"}
-    assert drawn == {path.name for path in RESULTS.glob("*.png")} - made_elsewhere
+    assert (
+        drawn == {path.name for path in results.FOLDER.glob("*.png")} - made_elsewhere
+    )
 
 
 def luminance(colour):
@@ -239,17 +448,7 @@ def test_colours_can_be_read_on_light_and_dark(background):
         assert (high + 0.05) / (low + 0.05) >= 3, colour
 
 
-def test_trees_have_the_sizes_of_the_models():
-    def sizes(shapes):
-        shapes = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
-        return len(shapes), sum(jax.numpy.prod(jax.numpy.array(s)) for s in shapes)
-
-    assert sizes(gpt2_small_shapes()) == (148, 124_439_808)
-    assert sizes(resnet50_shapes()) == (161, 25_557_032)
-    params, specs = sharding.abstract_params(llama_70b())
-    leaves = jax.tree.leaves(params)
-    assert len(leaves) == len(jax.tree.leaves(specs)) == 723
-    assert sum(leaf.size for leaf in leaves) == 70_553_706_496
+# --- Mutants.
 
 
 def test_mutants_that_are_explained_are_known_by_what_they_add():
@@ -279,67 +478,80 @@ def test_report_counts_the_mutants_that_were_run_so_far():
     assert report["killed_by"] == ["tests/test_norm.py::test_a"]
 
 
-def test_results_hold_every_case_of_the_plan():
-    written = json.loads((RESULTS / "cpu-2-cores.json").read_text())
-    timed = {(row["case"], row["dtype"]) for row in written["rows"]}
-    for optimizer in cases.OPTIMIZERS:
-        for dtype in ("float32", "bfloat16", "float16"):
-            assert (f"added to {optimizer}", dtype) in timed
-    assert len(plan(quick=True)) < len(plan(quick=False))
+# --- Several machines: real processes.
+
+STEPS = 4
 
 
-def test_cases_are_selected_by_a_part_of_their_names():
-    assert list(plan(quick=True, only="AdamW")) == ["AdamW, float32", "AdamW, bfloat16"]
-    assert plan(quick=True, only="no such case") == {}
-
-
-def compiled_rows(target):
-    """As if each program of the plan had been compiled."""
-    reduced = (Collective("all-reduce", 2), Collective("all-reduce", 1))
-    cycles = None if target.name == "h100" else 10**6
-    program = Program(10**9, 10**9, 100, cycles, 0, 1, reduced)
-    compiled = Compiled(program, temporary_bytes=10**6, build_seconds=1.0)
+def start(processes, *options):
+    """Starts all processes of one run, each with one device, on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "examples.machines", *options]
+    command += ["--coordinator", address, "--processes", str(processes)]
     return [
-        accelerators.row(case, clip, compiled)
-        for case in accelerators.plan(quick=False)
-        for clip in case.contenders
+        subprocess.Popen(
+            [*command, "--process", str(process)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for process in range(processes)
     ]
 
 
-def test_compiled_programs_are_shown_as_not_measured(tmp_path):
-    for target in (TARGETS["v5e"], TARGETS["h100"]):
-        found = compiled_rows(target)
-        printed = accelerators.table(target, found)
-        assert printed.title == f"{target.title}: compiled, not measured"
-        assert printed.row_count == len(found)
-        path = tmp_path / f"compiled-{target.name}.json"
-        results = accelerators.merged(path, target, found)
-        assert results["what"] == "Compiled, not measured"
-        path.write_text(json.dumps(results))
-    assert accelerators.exchanged(found[0]["collectives"]) == "2 all-reduce (3)"
-    compiled_figure.draw(tmp_path)
-    assert (tmp_path / "compiled.png").stat().st_size > 10_000
+@functools.cache
+def norms_of(processes):
+    """The norm of every step, with each layout."""
+    running = start(processes, "--steps", str(STEPS))
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        stop(running)
+    assert [process.returncode for process in running] == [0] * processes, outputs
+    found = re.findall(r"^(\S+), step \d+: .* norm (\S+)$", outputs[0], re.MULTILINE)
+    layouts = dict.fromkeys(layout for layout, _ in found)
+    return {
+        each: [float(norm) for layout, norm in found if layout == each]
+        for each in layouts
+    }
 
 
-def test_compiled_rows_replace_those_of_the_same_cases(tmp_path):
-    path, target = tmp_path / "compiled-v5e.json", TARGETS["v5e"]
-    found = compiled_rows(target)
-    path.write_text(json.dumps(accelerators.merged(path, target, found)))
-    newer = [row | {"kernels": 1} for row in found[:4]]
-    rows = accelerators.merged(path, target, newer)["rows"]
-    assert rows == found[4:] + newer
+def stop(running):
+    for process in running:
+        process.kill()
+        process.communicate()
 
 
-NETWORKS = {
-    "transformer": (transformer, jax.ShapeDtypeStruct((2, 16), "int32")),
-    "dense": (dense, jax.ShapeDtypeStruct(dense.BATCH, "bfloat16")),
-}
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("layout", ["data-parallel", "fully-sharded"])
+def test_norms_are_those_of_one_process(processes, layout):
+    expected = norms_of(1)["data-parallel"]
+    assert len(expected) == STEPS
+    assert max(expected) > 1  # So that the clip has something to do.
+    np.testing.assert_allclose(norms_of(processes)[layout], expected, 1e-4)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_networks_have_gradients_for_all_parameters(network, optax_promotes):
-    module, batch = NETWORKS[network]
-    params = accelerators.abstract(module.shapes(1), "float32")
-    with jax.numpy_rank_promotion("allow"):  # As in the code of users.
-        grads = jax.eval_shape(jax.grad(module.loss_of), params, batch)
-    assert grads == params
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_others(victim):
+    running = start(2, "--steps", "100000")
+    deadline = threading.Timer(200, stop, [running])
+    deadline.start()
+    try:
+        while "step 3:" not in (line := running[0].stdout.readline()):
+            assert line, "the run ended by itself"
+        running[victim].send_signal(signal.SIGKILL)
+        lost = time.monotonic()
+        output, _ = running[1 - victim].communicate(timeout=100)
+        assert time.monotonic() - lost < 60
+        assert running[1 - victim].returncode not in (0, None)
+        assert re.search("(?i)error|failed|unhealthy|unavailable", output)
+    finally:
+        deadline.cancel()
+        stop(running)
+    assert all(process.returncode is not None for process in running)

@@ -1,0 +1,1 @@
+"""What thresholds do to training; each module is a command."""
