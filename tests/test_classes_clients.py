@@ -394,7 +394,7 @@ def test_leaves_are_refused_by_path_and_with_the_remedy(leaf, take):
 
 @each_taken
 def test_memory_mapped_arrays_are_taken(take):
-    """As ``numpy.load`` with ``mmap_mode`` returns them: all that they say is entries."""
+    """As ``numpy.load`` returns them with ``mmap_mode``."""
     plain = np.float32([[3.0, 4.0]])
     assert_close(TAKEN[take]([plain.view(np.memmap)]), TAKEN[take]([plain]))
 
