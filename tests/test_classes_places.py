@@ -328,7 +328,7 @@ def test_states_lie_where_the_parameters_lie(place, is_set, name):
 
     with setting(getattr(where, "mesh", None), is_set):
         first, state = tx.init(params), tx.init(params)
-        for leaf in jax.tree.leaves(state):
+        for leaf in jax.tree.leaves(own(state)):
             assert leaf.sharding.device_set == params["w"].sharding.device_set
         # Ahead of time too: such a program takes no other placement.
         step = jax.jit(update).lower(params, first).compile()
