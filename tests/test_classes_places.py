@@ -320,7 +320,9 @@ def test_states_lie_where_the_parameters_lie(place, is_set, name):
 
     def own(state):
         return (
-            state._replace(inner_state=0) if "inner_state" in state._fields else state
+            state._replace(inner_state=None)
+            if "inner_state" in state._fields
+            else state
         )
 
     def update(grads, state):
