@@ -275,7 +275,7 @@ TRANSFORMATIONS = {
     "z-score": lambda: clip_by_global_norm(zscore_threshold(warmup_steps=2)),
     "quantile": lambda: clip_by_global_norm(quantile_threshold(0.5, window=3)),
     "skip, z-score": lambda: skip_by_global_norm(
-        optax.chain(clip_by_global_norm(1.0), optax.adam(0.1)), zscore_threshold()
+        optax.chain(clip_by_global_norm(1.0), optax.trace(0.9)), zscore_threshold()
     ),
     "skip, quantile": lambda: skip_by_global_norm(
         optax.trace(0.9), quantile_threshold(0.9, window=3)
