@@ -275,7 +275,7 @@ TRANSFORMATIONS = {
     "z-score": lambda: clip_by_global_norm(zscore_threshold(warmup_steps=2)),
     "quantile": lambda: clip_by_global_norm(quantile_threshold(0.5, window=3)),
     "skip, z-score": lambda: skip_by_global_norm(
-        optax.chain(clip_by_global_norm(1.0), optax.adam(0.1)), zscore_threshold()
+        optax.chain(clip_by_global_norm(1.0), optax.trace(0.9)), zscore_threshold()
     ),
     "skip, quantile": lambda: skip_by_global_norm(
         optax.trace(0.9), quantile_threshold(0.9, window=3)
@@ -318,22 +318,30 @@ def test_states_lie_where_the_parameters_lie(place, is_set, name):
     def type_of(leaf):
         return str(jax.typeof(leaf)), leaf.sharding, leaf.weak_type
 
+    def own(state):
+        return (
+            state._replace(inner_state=None)
+            if "inner_state" in state._fields
+            else state
+        )
+
     def update(grads, state):
         return tx.update(grads, state, grads)
 
     with setting(getattr(where, "mesh", None), is_set):
         first, state = tx.init(params), tx.init(params)
-        for leaf in jax.tree.leaves(state):
+        for leaf in jax.tree.leaves(own(state)):
             assert leaf.sharding.device_set == params["w"].sharding.device_set
         # Ahead of time too: such a program takes no other placement.
         step = jax.jit(update).lower(params, first).compile()
         with oracle.compilations() as compiled, jax.transfer_guard("disallow"):
-            traced = jax.jit(update)
+            traced = jax.jit(lambda grads, state: update(grads, state))
             for _ in range(3):
                 _, first = step(params, first)
                 _, state = traced(params, state)
         assert len(compiled) == 1
-        types = [jax.tree.map(type_of, x) for x in (first, state, tx.init(params))]
+        ours = [own(each) for each in (first, state, tx.init(params))]
+        types = [jax.tree.map(type_of, each) for each in ours]
         assert types[0] == types[1] == types[2]
 
 
