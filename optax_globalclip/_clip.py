@@ -13,7 +13,7 @@ from . import _cpu
 from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfinite
 from ._mesh import factor_of, has_mesh
 from ._norm import GlobalNorm, divide, measure
-from ._reduce import wide
+from ._reduce import either, wide
 from ._tree import AxisName, Leaf, accumulator, split_updates, values_of, with_values
 
 
@@ -224,16 +224,18 @@ def _factors(threshold, norm, within):
     imprecise on GPU and zero elsewhere.
     """
     # A threshold of inf would make the derivative NaN.
-    limit = jnp.where(within, 0, threshold)
-    step = 2.0 ** (int(jnp.finfo(limit.dtype).maxexp) - 4)
-    small = limit * (step / norm.unit) < norm.value
-    unit = jnp.where(small, norm.unit, 1)
-    in_unit = GlobalNorm(norm.norm / unit, norm.value, norm.unit / unit)
+    limit, fixed = jnp.where(within, 0, threshold), jax.lax.stop_gradient(norm)
+    dtype = limit.dtype
+    step = 2.0 ** (int(jnp.finfo(dtype).maxexp) - 4)
+    small = limit * (step / fixed.unit) < fixed.value
+    # In units in which neither the threshold nor the norm leaves its range.
+    unit = jnp.where(small, fixed.unit, 1)
+    in_unit = GlobalNorm(norm.norm * (1 / unit), fixed.value, fixed.unit / unit)
     scale = divide(limit * jnp.where(small, step / unit, 1), in_unit)
-    # NaN if one of them is, or the norm infinite.
-    scale = scale + 0 * (norm.value + limit)
-    shift = jnp.where(small, 1 / step, 1).astype(scale.dtype)
-    return jnp.where(within, 1, shift), jnp.where(within, 1, scale)
+    # NaN if the threshold is, or the norm not finite.
+    scale = scale + 0 * jax.lax.stop_gradient(fixed.value + limit)
+    shift = either(small & ~within, 1 / step, 1, dtype)
+    return shift, jnp.where(within, 1, scale)
 
 
 def _products(values, *factors):

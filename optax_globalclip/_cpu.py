@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mesh import has_mesh
-from ._reduce import ADDENDS, Range, add, groups_of, real_parts
+from ._reduce import ADDENDS, Range, add, either, groups_of, real_parts
 from ._tree import Leaf
 
 # The dtypes whose squares XLA on CPU fuses into their sum.
@@ -69,11 +69,11 @@ def root_of_squares(
     plain = sum_of_squares(None)
     limits, grow = Range.of(dtype), _grow(dtype)
     tiny, huge = plain < limits.floor, ~(plain < math.inf)
-    scale = jnp.where(tiny, grow, limits.shrink).astype(dtype)
+    scale = either(tiny, grow, limits.shrink, dtype)
     total = lax.cond(tiny | huge, sum_of_squares, lambda _: plain, scale)
     # Both end in a division, as ``once`` says.
-    value = jnp.sqrt(total) / jnp.where(tiny, grow, 1).astype(dtype)
-    return value, 1 / jnp.where(huge, limits.shrink, 1).astype(dtype)
+    value = jnp.sqrt(total) / either(tiny, grow, 1, dtype)
+    return value, 1 / either(huge, limits.shrink, 1, dtype)
 
 
 def once(scalar: jax.Array) -> jax.Array:
@@ -88,9 +88,11 @@ def once(scalar: jax.Array) -> jax.Array:
 def products(values, shift, scale, zero, *, product):
     """The product of each value; those of bfloat16 by integers."""
     shift, scale = once(shift), once(scale)
-    narrow = jnp.bfloat16 if scale.dtype == jnp.float32 else None
+    single = scale.dtype == jnp.float32
     return [
-        (_product if value.dtype == narrow else product)(value, shift, scale, zero)
+        (_product if single and value.dtype == jnp.bfloat16 else product)(
+            value, shift, scale, zero
+        )
         for value in values
     ]
 
@@ -109,9 +111,9 @@ def _product(array, shift, scale, zero):
     wide = wide * shift * scale
     wide_bits = lax.bitcast_convert_type(wide, jnp.uint32)
     # To nearest: the upper half is incremented if the lower is more than half of its
-    # unit, or just half and the upper odd. Infinity and NaN stay: the lower half of
-    # their bits is 0, in the array and in the factors.
+    # unit, or just half and the upper odd. Infinity stays, as its lower half is 0.
     rounded = (wide_bits + 0x7FFF + (wide_bits >> 16 & 1)) >> 16
+    rounded = jnp.where(wide == wide, rounded, 0x7FC0)
     rounded = lax.select(scale == 1, bits, rounded.astype(jnp.uint16))
     if zero is not None:
         rounded = jnp.where(zero, 0, rounded)

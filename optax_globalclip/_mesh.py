@@ -5,12 +5,14 @@ which manual axes it varies. With auto or explicit axes it is the whole array, a
 reduces it over devices by itself.
 """
 
+import functools
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 Axes: TypeAlias = tuple[str, ...]
 
@@ -45,7 +47,7 @@ def reduced(array: jax.Array) -> jax.Array:
     spec = jax.typeof(array).sharding.spec
     if spec.unreduced | spec.reduced:
         spec = spec.update(unreduced=frozenset(), reduced=frozenset())
-        return jax.sharding.reshard(array, spec)
+        return jax.sharding.reshard(array, _over(array, spec))
     return array
 
 
@@ -59,7 +61,7 @@ def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
     if manual := _manual_axes(array, "unreduced"):
         return lax.pcast(scalar, manual, to="reduced")
     if explicit := spec.unreduced | spec.reduced:
-        return jax.sharding.reshard(scalar, PartitionSpec(reduced=explicit))
+        return jax.sharding.reshard(scalar, _over(array, P(reduced=explicit)))
     return scalar
 
 
@@ -71,18 +73,24 @@ def laid_out_like(array: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, wanted)
 
 
-def placement(params: Any) -> jax.sharding.Sharding | None:
-    """Every device of the mesh that the parameters lie on, or their one device.
+def placed(tree: Any, params: Any) -> Any:
+    """The tree on every device of the mesh that the parameters lie on, or on their one.
 
-    None if they are not committed to any.
+    If they are committed to none, nor is the tree.
     """
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
-            if isinstance(leaf.sharding, NamedSharding):
-                return NamedSharding(leaf.sharding.mesh, PartitionSpec())
-            if leaf.committed and len(leaf.sharding.device_set) == 1:
-                return SingleDeviceSharding(*leaf.sharding.device_set)
-    return None
+            place = leaf.sharding
+            if isinstance(place, NamedSharding):
+                # As many dimensions as the leaf: of such a type an update returns it.
+                return jax.tree.map(functools.partial(_whole, place.mesh), tree)
+            if leaf.committed and len(place.device_set) == 1:
+                return jax.device_put(tree, *place.device_set)
+    return jax.device_put(tree)
+
+
+def _whole(mesh: Any, array: Any) -> jax.Array:
+    return jax.device_put(array, NamedSharding(mesh, P(*[None] * jnp.ndim(array))))
 
 
 def has_mesh(array: jax.Array) -> bool:
@@ -93,6 +101,11 @@ def has_mesh(array: jax.Array) -> bool:
 def is_local(array: jax.Array) -> bool:
     """Whether the array lies on one device, or is one device's shard."""
     return set(jax.typeof(array).sharding.mesh.axis_types) <= {AxisType.Manual}
+
+
+def _over(array: jax.Array, spec: P) -> NamedSharding:
+    """The sharding by a spec over the array's mesh, which need not be set."""
+    return NamedSharding(jax.typeof(array).sharding.mesh, spec)
 
 
 def _manual_axes(array: Any, kind: str) -> Axes:

@@ -61,12 +61,12 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> _, opt_state = tx.update(grads, tx.init(grads), grads)
       >>> for name, value in optax_globalclip.metrics(opt_state).items():
       ...     print(f"{name}: {value:.1f}")
-      global_norm: 5.0
-      clipped_norm: 1.0
-      clip_scale: 0.2
-      threshold: 1.0
       clip_fraction: 1.0
+      clip_scale: 0.2
+      clipped_norm: 1.0
+      global_norm: 5.0
       nonfinite_fraction: 0.0
+      threshold: 1.0
     """
     found = list(_states(opt_state, ()))
     if not found:

@@ -17,7 +17,7 @@ from jax import lax
 from . import _cpu
 from ._checks import Scalar, as_ord
 from ._mesh import Axes, factor_of, reduced
-from ._reduce import Range, add, real_parts, root_of_squares, two_sums
+from ._reduce import Range, add, either, real_parts, root_of_squares, two_sums
 from ._tree import AxisName, Leaf, accumulator, is_float0, matrix_values, split_updates
 
 
@@ -150,7 +150,7 @@ class GlobalNorm(NamedTuple):
         """A norm that is given as one float."""
         norm = jnp.asarray(norm, dtype)
         constant, large = lax.stop_gradient(norm), 1 / Range.of(dtype).shrink
-        unit = jnp.where(constant >= large, large, 1).astype(dtype)
+        unit = either(constant >= large, large, 1, dtype)
         return cls(norm, *hidden(constant / unit, unit))
 
     @classmethod

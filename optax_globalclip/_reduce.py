@@ -33,11 +33,14 @@ class Range(NamedTuple):
       shrink: a sum of squares of entries times this does not overflow.
       grow: a sum of squares of entries times this is trusted up to where that of the
         shrunk entries begins to be.
+      most: the most that an entry times ``grow`` counts as. A sum of its square is not
+        trusted.
     """
 
     floor: float
     shrink: float
     grow: float
+    most: float
 
     @classmethod
     def of(cls, dtype: jnp.dtype) -> "Range":
@@ -48,6 +51,7 @@ class Range(NamedTuple):
             floor=2.0**floor,
             shrink=2.0 ** -((int(info.maxexp) + _ENTRIES) // 2),
             grow=2.0 ** ((-floor - _ENTRIES - 1) // 2),
+            most=2.0 ** (int(info.maxexp) / 2 - 0.25),
         )
 
 
@@ -57,30 +61,39 @@ def root_of_squares(two_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     limits = Range.of(grown.dtype)
     in_range = grown < float(jnp.finfo(grown.dtype).max) / 2
     value = jnp.where(in_range, jnp.sqrt(grown) / limits.grow, jnp.sqrt(shrunk))
-    return value, jnp.where(in_range, 1, 1 / limits.shrink).astype(value.dtype)
+    return value, either(in_range, 1, 1 / limits.shrink, value.dtype)
 
 
 def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     """The sums of squares of the shrunk entries and of the grown, as one complex."""
-    zero = lax.optimization_barrier(jnp.zeros((), dtype))  # XLA does not see it.
+    limits = Range.of(dtype)
+    # No constants to XLA: it would merge them with those that the arrays are multiplied
+    # by, or square them, and both may underflow:
+    # https://github.com/jax-ml/jax/issues/37919
+    factors = lax.optimization_barrier(
+        (jnp.array(limits.shrink, dtype), jnp.array(limits.grow, dtype))
+    )
     groups = groups_of(arrays, lambda x: is_local(x) and jax.typeof(x), ADDENDS)
-    return add([_two_sums(group, zero) for group in groups])
+    return add([_two_sums(group, *factors) for group in groups])
 
 
 # Traced once for groups of one type.
 @jax.jit
-def _two_sums(alike: list[jax.Array], zero: jax.Array) -> jax.Array:
+def _two_sums(alike, shrink, grow):
     """``two_sums`` of arrays that can be added entry by entry on each device."""
-    dtype, limits = zero.dtype, Range.of(zero.dtype)
-    parts = [part for array in alike for part in real_parts(array, dtype)]
+    parts = [abs(part) for array in alike for part in real_parts(array, grow.dtype)]
+    # Limited, so that only a sum of finite squares is infinite: of an array that is
+    # broadcast XLA makes a product of complex numbers, in which inf * 0 is NaN.
+    most = Range.of(grow.dtype).most
+    grown = [jnp.square(jnp.minimum(part * grow, most)) for part in parts]
+    shrunk = [jnp.square(part * shrink) for part in parts]
+    return jnp.sum(lax.complex(add(shrunk), add(grown)))
 
-    def squares(factor: float) -> jax.Array:
-        # XLA makes ``(x * x) * (c * c)`` of ``(x * c) * (x * c)`` if x is a scalar,
-        # even if ``c * c`` underflows. It has no such rule for a sum. It rewrites other
-        # squares with overflows too: https://github.com/jax-ml/jax/issues/37919
-        return add([jnp.square(part * dtype.type(factor) + zero) for part in parts])
 
-    return jnp.sum(lax.complex(squares(limits.shrink), squares(limits.grow)))
+def either(condition: jax.Array, one: float, other: float, dtype: Any) -> jax.Array:
+    """One of two numbers. JAX cannot vmap a selection of two over an explicit axis."""
+    rest = (~condition).astype(dtype) * other
+    return jnp.where(condition, jnp.array(one, dtype), rest)
 
 
 def groups_of(

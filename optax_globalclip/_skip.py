@@ -134,13 +134,13 @@ def skip_by_global_norm(
             state = _as_state(state, init_fn, updates if params is None else params)
         own = state._replace(threshold_state=None, inner_state=())
         check_same("state", own, _BEFORE)
-        leaves, _ = split_updates(updates, axis_name)
+        leaves, join = split_updates(updates, axis_name)
         norm = given_norm(leaves, extra_args.get("use_norm"))
         norm, threshold, threshold_state = next_threshold(
             max_norm, leaves, norm, order, state
         )
         taken, own = _judge(leaves, norm, threshold, own, order, max_consecutive_skips)
-        old = state.inner_state
+        updates, old = join([leaf.array for leaf in leaves]), state.inner_state
         new_updates, new = run_inner.update(updates, old, params, **extra_args)
         check_same("The state that inner.update returned", new, old)
         new_updates, new = _select(taken, new_updates, new, old)
@@ -160,7 +160,10 @@ def _as_state(state: Any, init: Any, params: Any) -> SkipByGlobalNormState:
         return init(params)
     fields = SkipByGlobalNormState._fields
     if isinstance(state, Mapping) and set(state) == set(fields):
-        return _restored(state, init(params))
+        like = init(params)
+        state = _restored(state, like)
+        check_same("The mapping given as the state", state, like)
+        return state
     raise TypeError(
         f"state is a {type(state).__name__}, but no SkipByGlobalNormState, so the "
         "moments in it would be lost. For the state of the optimizer inside pass "
@@ -169,13 +172,17 @@ def _as_state(state: Any, init: Any, params: Any) -> SkipByGlobalNormState:
 
 
 def _restored(node: Any, like: Any) -> Any:
-    """The node with tuples in place of mappings, where the other tree has them."""
-    if isinstance(like, tuple) and isinstance(node, Mapping):
-        names = getattr(like, "_fields", map(str, range(len(like))))
-        parts = [_restored(node.get(k), x) for k, x in zip(names, like, strict=True)]
-        make: Any = getattr(type(like), "_make", tuple)
-        return make(parts)
-    return node if jax.tree.leaves(like) else like
+    """The node with tuples in place of mappings and lists, where the other has them."""
+    if not jax.tree.leaves(like):
+        return like
+    if not isinstance(like, tuple) or not isinstance(node, Mapping | list):
+        return node
+    names = getattr(like, "_fields", [str(i) for i in range(len(like))])
+    parts = node if isinstance(node, Mapping) else dict(zip(names, node, strict=False))
+    if len(node) > len(names):
+        raise TypeError(f"The state given has {list(parts)} in place of {list(names)}.")
+    make: Any = getattr(type(like), "_make", tuple)
+    return make([_restored(parts.get(k), x) for k, x in zip(names, like, strict=True)])
 
 
 @functools.partial(jax.jit, static_argnames="ord")

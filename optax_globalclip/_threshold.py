@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ._checks import Numeric, as_count, as_scalar, check_same, exported, unwrapped
-from ._mesh import placement
+from ._mesh import placed
 from ._norm import GlobalNorm, measure
 from ._tree import Leaf
 
@@ -78,7 +78,7 @@ def begin(before: Any, max_norm: MaxNorm | None, params: Any) -> Any:
     """
     own = _initial(max_norm) if isinstance(max_norm, Threshold) else None
     own = own if jax.tree.leaves(own) else None
-    return jax.device_put(before._replace(threshold_state=own), placement(params))
+    return placed(before._replace(threshold_state=own), params)
 
 
 def next_threshold(
