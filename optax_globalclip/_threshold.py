@@ -241,8 +241,7 @@ def zscore_threshold(
     weight = 1 - decay
 
     def init() -> ZScoreState:
-        zero = np.float32(0)
-        return ZScoreState(zero, zero, np.int32(0), zero)
+        return ZScoreState(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
 
     def update(norm, state, count):
         del count
@@ -258,7 +257,7 @@ def _zscore_step(measured, state, z, weight, warmup_steps):
     span = 2 / jnp.maximum(weight, 2 / _LONGEST_SPAN)
     mean, std = state.norm_mean, state.norm_std
     # One that is not finite is not admitted in the end.
-    norm = jnp.where(jnp.isfinite(measured), measured, mean)
+    norm = jnp.where(jnp.isfinite(measured), measured, 0)
     margin = z * std
     judged = state.num_norms >= warmup_steps
     above = judged & (norm > mean + margin)

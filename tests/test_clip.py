@@ -480,7 +480,7 @@ def test_derivatives_of_the_clip_at_any_magnitude(nonfinite, ord):
         size, unit = oracle.exact_norm(x, ord), oracle.slope(x, ord)
         for bound in (float(size) / 3, float(size) / 1e3, 0.0, 1e-20, 1, 1e20):
             c = np.float32(bound)
-            if size < 2 * c:
+            if size < 2 * np.longdouble(c):
                 continue
             ratio, along = np.longdouble(c) / size, weights @ oracle.wide(x) / size
             for factor in (1.0, 1e25):  # So that no derivative underflows.

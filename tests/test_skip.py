@@ -617,11 +617,11 @@ def errors_of(tx, grads):
 
 
 @pytest.mark.parametrize("inner", CHECKED.values(), ids=CHECKED)
-def test_inner_check_does_not_fire_on_a_skipped_step(inner):
+def test_inner_check_fires_on_a_skipped_step_too(inner):
+    """The inner transformation gets the updates as they are."""
     tx = skip_by_global_norm(inner, 100.0)
-    for bad in (np.nan, 1e30):
-        grads = {"w": jnp.full(2, bad), "b": jnp.ones(1)}
-        assert list(errors_of(tx, grads)) == [None] * 2
+    grads = {"w": jnp.full(2, np.nan), "b": jnp.ones(1)}
+    assert all(errors_of(tx, grads))
 
 
 def test_inner_check_fires_on_a_step_that_overflows_inside():
