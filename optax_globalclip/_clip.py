@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from . import _cpu
-from ._checks import NonFinite, Numeric, Scalar, as_ord, as_scalar, check_nonfinite
+from ._checks import NonFinite, Numeric, as_ord, as_scalar, check_nonfinite
 from ._mesh import factor_of, has_mesh
 from ._norm import GlobalNorm, divide, measure
 from ._reduce import either, wide
@@ -139,12 +139,7 @@ def given_norm(leaves: Sequence[Leaf], use_norm: Any) -> GlobalNorm | None:
     return GlobalNorm.of(use_norm, accumulator(leaves))
 
 
-def clip_leaves(
-    leaves: Sequence[Leaf],
-    norm: GlobalNorm,
-    threshold: Scalar | None,
-    nonfinite: NonFinite,
-) -> tuple[list[Any], Clip]:
+def clip_leaves(leaves, norm, threshold, nonfinite) -> tuple[list[Any], Clip]:
     """Scales the leaves so that their norm is at most the threshold.
 
     Judges in the precision of ``norm.norm``; scales in that of ``norm.value``.

@@ -88,13 +88,9 @@ def once(scalar: jax.Array) -> jax.Array:
 def products(values, shift, scale, zero, *, product):
     """The product of each value; those of bfloat16 by integers."""
     shift, scale = once(shift), once(scale)
-    single = scale.dtype == jnp.float32
-    return [
-        (_product if single and value.dtype == jnp.bfloat16 else product)(
-            value, shift, scale, zero
-        )
-        for value in values
-    ]
+    narrow = [jnp.dtype(jnp.bfloat16)] if scale.dtype == jnp.float32 else []
+    products = [_product if value.dtype in narrow else product for value in values]
+    return [f(x, shift, scale, zero) for f, x in zip(products, values, strict=True)]
 
 
 # Traced once for leaves of one type.

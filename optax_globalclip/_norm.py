@@ -6,7 +6,7 @@ sums of squares of the 2-norm are in ``_reduce``, and in ``_cpu`` for one CPU.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -229,6 +229,7 @@ def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
     value_and_unit = lax.platform_dependent(
         [leaf.array for leaf in leaves],
         cpu=functools.partial(_cpu.root_of_squares, **sums.keywords),
+        tpu=lambda arrays: root_of_squares(sums(arrays, together=False)),
         default=lambda arrays: root_of_squares(sums(arrays)),
     )
     return GlobalNorm.scaled(*value_and_unit)
@@ -356,12 +357,7 @@ def _largest_part(leaves: list[Leaf]) -> jax.Array:
 # --- What all of them share.
 
 
-def _over_devices(
-    leaves: Sequence[Leaf],
-    reduce: Callable[[list[jax.Array]], jax.Array],
-    collective: Callable[[jax.Array, Axes], jax.Array],
-    combine: Callable[[Sequence[jax.Array]], jax.Array],
-) -> jax.Array:
+def _over_devices(leaves, reduce, collective, combine) -> jax.Array:
     """Reduces arrays on this device, then over devices, and combines the results.
 
     Arrays sharded over the same axes are reduced together, by one collective.

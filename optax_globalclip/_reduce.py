@@ -8,6 +8,7 @@ of which at least one neither overflows nor underflows. As the parts of one comp
 they are one reduction to XLA, so a GPU needs no more kernels than for a plain sum.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,30 +65,36 @@ def root_of_squares(two_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, either(in_range, 1, 1 / limits.shrink, value.dtype)
 
 
-def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """The sums of squares of the shrunk entries and of the grown, as one complex."""
+def two_sums(arrays, dtype, *, together=True) -> jax.Array:
+    """The sums of squares of the shrunk entries and of the grown, as one complex.
+
+    Summed ``together`` they are one kernel on a GPU. A TPU is faster without.
+    """
     limits = Range.of(dtype)
     # No constants to XLA: it would merge them with those that the arrays are multiplied
     # by, or square them, and both may underflow:
     # https://github.com/jax-ml/jax/issues/37919
-    factors = lax.optimization_barrier(
-        (jnp.array(limits.shrink, dtype), jnp.array(limits.grow, dtype))
-    )
+    factors = [jnp.array(x, dtype) for x in (limits.shrink, limits.grow)]
+    factors = lax.optimization_barrier(factors)
     groups = groups_of(arrays, lambda x: is_local(x) and jax.typeof(x), ADDENDS)
-    return add([_two_sums(group, *factors) for group in groups])
+    return add([_two_sums(group, *factors, together) for group in groups])
 
 
 # Traced once for groups of one type.
-@jax.jit
-def _two_sums(alike, shrink, grow):
+@functools.partial(jax.jit, static_argnums=3)
+def _two_sums(alike, shrink, grow, together):
     """``two_sums`` of arrays that can be added entry by entry on each device."""
-    parts = [abs(part) for array in alike for part in real_parts(array, grow.dtype)]
+    parts = [part for array in alike for part in real_parts(array, grow.dtype)]
+    shrunk, grown = ([part * factor for part in parts] for factor in (shrink, grow))
+    if not together:
+        squares = (add([*map(jnp.square, x)]) for x in (shrunk, grown))
+        return lax.complex(*map(jnp.sum, squares))
     # Limited, so that only a sum of finite squares is infinite: of an array that is
     # broadcast XLA makes a product of complex numbers, in which inf * 0 is NaN.
     most = Range.of(grow.dtype).most
-    grown = [jnp.square(jnp.minimum(part * grow, most)) for part in parts]
-    shrunk = [jnp.square(part * shrink) for part in parts]
-    return jnp.sum(lax.complex(add(shrunk), add(grown)))
+    grown = [jnp.clip(x, -most, most) for x in grown]
+    squares = (add([*map(jnp.square, x)]) for x in (shrunk, grown))
+    return jnp.sum(lax.complex(*squares))
 
 
 def either(condition: jax.Array, one: float, other: float, dtype: Any) -> jax.Array:

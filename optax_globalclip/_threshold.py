@@ -11,8 +11,7 @@ import optax
 
 from ._checks import Numeric, as_count, as_scalar, check_same, exported, unwrapped
 from ._mesh import placed
-from ._norm import GlobalNorm, measure
-from ._tree import Leaf
+from ._norm import measure
 
 # The longest span of moving averages that a change of level is waited for.
 _LONGEST_SPAN = 2000.0
@@ -81,13 +80,7 @@ def begin(before: Any, max_norm: MaxNorm | None, params: Any) -> Any:
     return placed(before._replace(threshold_state=own), params)
 
 
-def next_threshold(
-    max_norm: MaxNorm | None,
-    leaves: list[Leaf],
-    norm: GlobalNorm | None,
-    ord: float,
-    state: Any,
-) -> tuple[GlobalNorm | None, Any, ThresholdState]:
+def next_threshold(max_norm, leaves, norm, ord, state) -> tuple[Any, Any, Any]:
     """The norm as it is to be judged, the threshold, and the threshold's new state.
 
     Measures, unless the norm is given, if the threshold needs it. A :class:`Threshold`

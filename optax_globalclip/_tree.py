@@ -191,9 +191,7 @@ def _is_inexact(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _named_axes(
-    axis_name: AxisName, updates: optax.Updates, arrays: Sequence[Any]
-) -> list[Axes]:
+def _named_axes(axis_name, updates, arrays) -> list[Axes]:
     """The names given for each leaf, less typed axes that it does not vary on."""
     skeleton = jax.tree.map(lambda _: 0, updates, is_leaf=is_sparse)
     try:
