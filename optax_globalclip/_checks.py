@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 NonFinite: TypeAlias = Literal["nan", "zero", "error"]
-# What may be passed for a scalar: all that ``chex.Numeric`` is.
-Numeric: TypeAlias = jax.Array | np.ndarray[Any, Any] | np.number[Any] | float
+# What may be passed for a scalar.
+Numeric: TypeAlias = jax.typing.ArrayLike
 Scalar: TypeAlias = float | jax.Array
 
 
