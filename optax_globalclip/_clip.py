@@ -50,22 +50,48 @@ def clip_updates(
 
     This is ``tf.clip_by_global_norm`` over pytrees.
 
-    Formal guarantees:
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_globalclip
+      >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+      >>> clipped, norm = optax_globalclip.clip_updates(grads, 1.0)
+      >>> print(clipped["w"], clipped["b"], norm)
+      [0.6 0. ] [0.8] 5.0
 
-    * Where the norm is at most ``max_norm``, every leaf is returned bit for bit.
-    * Elsewhere each is multiplied in at least float32 and rounded once, so that the
-      norm of the result is at most ``max_norm`` to within a few units of the leaves'
-      precision. This holds for any finite entries, even where the norm itself is
-      more than a float32 can hold. (Results below 2e-37 may become 0, and a norm below
-      2e-38 may count as 0. Results below 6e-5 in float16 are subnormal, and less
-      precise.)
-    * Structure, shapes, dtypes and shardings stay. ``None``, ``MaskedNode`` and
-      float0 leaves are passed through.
+    Args:
+      updates: a tree of float or complex arrays of any shapes, NumPy arrays, Python
+        scalars, or BCOO and BCSR matrices, whose values at one index count as their
+        sum unless ``unique_indices`` is set.
+      max_norm: the largest global norm to let through, a real scalar; ``None`` to
+        measure and never clip.
+      use_norm: a scalar to take as the global norm of ``updates``, unchecked; inf if it
+        is too large for the norm's dtype. Nothing is measured then, and ``nonfinite``
+        looks at it only.
+      ord: the order of the norm, static: a number of at least 1 or ``inf``; None for
+        the 2-norm.
+      nonfinite: what becomes of the updates if an entry (or ``use_norm``, if given) is
+        inf or NaN: ``"nan"`` makes every entry NaN, ``"zero"`` makes every entry 0,
+        ``"error"`` adds a ``checkify`` check and does as ``"nan"``.
+      axis_name: as for :func:`global_norm`.
+
+    Returns:
+      The clipped tree, and the global norm before the clip (or ``use_norm``), a
+      float32 scalar; float64 if any leaf is float64 or complex128.
+
+    Raises:
+      TypeError: for an integer, bool or other leaf without a norm, by its path; for a
+        ``max_norm`` or ``use_norm`` that is no real number; for an array as ``ord``.
+      ValueError: if ``max_norm`` or ``use_norm`` is negative or not a scalar, if
+        ``max_norm`` is NaN, or if ``ord`` is less than 1 (numbers of Python and NumPy
+        only: the value of a JAX array is never read); if ``nonfinite`` is unknown, or
+        not ``"nan"`` while ``max_norm`` is None.
+
+    Edge cases:
 
     ======================== ===================================================
     case                     result
     ======================== ===================================================
-    norm 0                   the zeros that came in, unless ``max_norm`` is NaN
+    norm 0                   zeros; gradient 1
     inf or NaN in an entry   as ``nonfinite`` says, unless ``max_norm`` is None
     ``max_norm=0``           zeros
     ``max_norm=inf``         never clips
@@ -74,39 +100,16 @@ def clip_updates(
     ``max_norm=None``        the updates as they are, non-finite ones too
     ======================== ===================================================
 
-    Args:
-      updates: a tree of float or complex arrays of any shapes, NumPy arrays, Python
-        scalars, or BCOO and BCSR matrices, whose values at one index count as their
-        sum unless ``unique_indices`` is set.
-      max_norm: the largest global norm to let through, a real scalar; ``None`` to
-        measure and never clip.
-      use_norm: a scalar to take as the global norm of ``updates``, trusted as
-        given; inf if it is too large for the norm's dtype. Nothing is measured then.
-      ord: the order of the norm, a real number of at least 1 or ``inf``.
-      nonfinite: what becomes of the updates where an entry, or ``use_norm`` if it is
-        given, is inf or NaN: ``"nan"`` makes every entry NaN, ``"zero"`` makes every
-        entry 0, ``"error"`` adds a ``checkify`` check and does as ``"nan"``.
-      axis_name: as for :func:`global_norm`.
+    Formal guarantees:
 
-    Returns:
-      The clipped tree, and the global norm before the clip (or ``use_norm``), a
-      float32 scalar; float64 if any leaf is float64 or complex128.
-
-    Raises:
-      TypeError: for an integer, bool or other leaf without a norm, by its path; for
-        a ``max_norm`` or ``use_norm`` that is no real number.
-      ValueError: if ``max_norm`` or ``use_norm`` is negative or not a scalar, if
-        ``max_norm`` is NaN, or if ``ord`` is less than 1 (numbers of Python and NumPy
-        only: the value of a JAX array is never read); if ``nonfinite`` is unknown, or
-        not ``"nan"`` while ``max_norm`` is None.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_globalclip
-      >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
-      >>> clipped, norm = optax_globalclip.clip_updates(grads, 1.0)
-      >>> print(clipped["w"], clipped["b"], norm)
-      [0.6 0. ] [0.8] 5.0
+    * If the norm is at most ``max_norm``, every leaf is returned bit for bit.
+    * Otherwise each is multiplied in at least float32 and rounded once. The norm of the
+      result is at most ``max_norm`` to within a few units of the leaves' precision, for
+      finite entries within the reach of :func:`global_norm`, even if the norm itself
+      overflows. (Results below 2e-37 may become 0. Results below 6e-5 in float16 are
+      subnormal, and less precise.)
+    * Structure, shapes, dtypes and shardings stay. ``None``, ``MaskedNode`` and
+      float0 leaves are passed through.
 
     References:
       Pascanu et al., `On the difficulty of training recurrent neural networks

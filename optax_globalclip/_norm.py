@@ -28,18 +28,36 @@ def global_norm(
 
     .. math:: \lVert g \rVert_p = \Big(\sum_i |g_i|^p\Big)^{1/p}
 
-    Formal guarantees:
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_globalclip
+      >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0]), "frozen": None}
+      >>> print(optax_globalclip.global_norm(grads))
+      5.0
 
-    * Sums are accumulated in float32, or in float64 if any leaf is float64 or
-      complex128, whatever the dtypes of the leaves.
-    * The norm is right for every tree of finite entries whose norm is a normal float
-      of the result's dtype: entries whose powers overflow or underflow are rescaled.
-      (On CPU it reads subnormal entries as zero for orders other than 2, where auto
-      mesh axes leave the sharding to XLA, and in float32 leaves beside float64 ones.)
-    * It is the norm of whole leaves however they are sharded. All leaves split over
-      the same mesh axes share one all-reduce, or a few where axes are auto.
-    * It can be differentiated twice. Its gradient at zero is zero.
-    * Outside ``jit`` it is one compiled call.
+    Args:
+      updates: a tree of float or complex arrays of any shapes, NumPy arrays, Python
+        scalars, or BCOO and BCSR matrices. Of a matrix with ``unique_indices``, each
+        stored value is an entry.
+      ord: the order p of the norm: a Python or NumPy number of at least 1, or ``inf``
+        for the largest modulus; None for the 2-norm. It is static.
+      axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the mesh axes
+        over which leaves are sharded, as a name, a tuple of names, or a tree prefix of
+        them; ``()`` for leaves that every device holds whole. If None is passed there,
+        all leaves count as whole. Under ``vmap``: the name, for one norm of all
+        examples. Elsewhere the types of the leaves say how they are sharded.
+
+    Returns:
+      A float32 scalar; float64 if any leaf is float64 or complex128.
+
+    Raises:
+      TypeError: for an integer, bool or other leaf without a norm, by its path; for an
+        ``ord`` that is an array.
+      ValueError: if ``ord`` is less than 1 or NaN, or ``axis_name`` is no tree prefix
+        of ``updates``.
+      NameError: for an axis that no ``pmap``, ``shard_map`` or ``vmap`` binds.
+
+    Edge cases:
 
     =============================== ========================================
     updates                         norm
@@ -53,34 +71,18 @@ def global_norm(
     sparse values at one index      as their sum, inf if it overflows
     =============================== ========================================
 
-    Args:
-      updates: a tree of float or complex arrays of any shapes, NumPy arrays, Python
-        scalars, or BCOO and BCSR matrices. Of a matrix with ``unique_indices``, each
-        stored value is an entry.
-      ord: the order p of the norm, a real number of at least 1, or ``inf`` for
-        the largest modulus. A traced scalar is accepted, and costs a second read.
-      axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the
-        mesh axes over which leaves are sharded, as a name, a tuple of names, or
-        a tree prefix of them; ``()`` for leaves that every device holds whole. If
-        None is passed there, all leaves count as whole. Under ``vmap``: the name, for
-        one norm of all examples. Elsewhere the types of the leaves say how they are
-        sharded.
+    Formal guarantees:
 
-    Returns:
-      A float32 scalar; float64 if any leaf is float64 or complex128.
-
-    Raises:
-      TypeError: for an integer, bool or other leaf without a norm, by its path.
-      ValueError: if ``ord`` is less than 1 or NaN, or ``axis_name`` a tree that has no
-        names for a leaf.
-      NameError: for an axis that no ``pmap``, ``shard_map`` or ``vmap`` binds.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_globalclip
-      >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0]), "frozen": None}
-      >>> print(optax_globalclip.global_norm(grads))
-      5.0
+    * Sums are accumulated in float32, or in float64 if any leaf is float64 or
+      complex128, whatever the dtypes of the leaves.
+    * The norm is right for every tree of finite entries of at least 5e-23, even if
+      their squares overflow. Smaller entries may count as 0, and a norm below 2e-13 of
+      many such entries may be less precise. On one CPU device every normal norm is
+      right. (float64 accumulators: as far from the ends of their range.)
+    * It is the norm of whole leaves however they are sharded. A NaN on one device is
+      never lost.
+    * It can be differentiated twice. Its gradient at zero is zero.
+    * Outside ``jit`` it is one compiled call.
 
     References:
       `tf.linalg.global_norm
@@ -105,7 +107,8 @@ def leaf_norms(
       complex128 leaf). ``None`` and ``MaskedNode`` stay; float0 leaves give 0.
 
     Raises:
-      TypeError: for an integer, bool or other leaf without a norm, by its path.
+      TypeError: for an integer, bool or other leaf without a norm, by its path; for an
+        ``ord`` that is an array.
       ValueError: if ``ord`` is less than 1 or NaN.
 
     Example:

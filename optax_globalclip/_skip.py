@@ -70,32 +70,6 @@ def skip_by_global_norm(
             zscore_threshold(6.0),
         )
 
-    A :func:`clip_by_global_norm` that comes first inside does not measure the norm a
-    second time. The update does not block Python and has no branch: ``inner`` always
-    runs, and its results are selected. So it can be vmapped, sharded and scanned over.
-
-    Args:
-      inner: the transformation to skip, such as a whole optimizer.
-      max_norm: the largest norm of a step to be taken: a number or scalar array, a
-        schedule (called with ``num_updates``, before it increments), a
-        :class:`Threshold`, or None to skip non-finite updates only.
-      ord: the order of the norm, a real number of at least 1 or ``inf``.
-      axis_name: as for :func:`global_norm`.
-      max_consecutive_skips: after so many skips in a row, a step above the threshold
-        is taken, so that a threshold too low cannot stall a run for ever. One that is
-        not finite is skipped all the same. None for no such limit.
-
-    Returns:
-      A transformation whose ``update(updates, state, params=None, *, use_norm=None)``
-      takes, as an extra argument, a scalar to use as the global norm. It and all
-      other extra arguments are handed on to ``inner``.
-
-    Raises:
-      TypeError: for an ``inner`` that is no transformation or a ``max_norm`` that is
-        none of these; from ``update``, for a leaf without a norm, by its path.
-      ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
-        ``ord`` less than 1, a ``max_consecutive_skips`` less than 0.
-
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
@@ -107,6 +81,49 @@ def skip_by_global_norm(
       ...     updates, state = tx.update(grads, state, params)
       >>> print(updates, state.num_skipped, optax.tree.get(state, "mu"))
       [0. 0.] 2 [0.1 0.1]
+
+    The update does not block Python and has no branch: ``inner`` always runs, with the
+    updates as they are, and its results are selected. So it can be vmapped, sharded and
+    scanned over. A :func:`clip_by_global_norm` that comes first inside does not read
+    the updates a second time under ``jit``: XLA merges the two norms. (An inner check,
+    such as a clip with ``nonfinite="error"``, fires for a skipped step too.)
+
+    Put ``optax.MultiSteps`` inside. Around a skip it keeps a NaN in its accumulator for
+    ever, since Optax resets that by multiplying with 0, and no step is ever taken
+    again: pass it ``should_skip_update_fn=optax.skip_not_finite``.
+
+    Args:
+      inner: the transformation to skip, such as a whole optimizer.
+      max_norm: the largest norm of a step to be taken: a number or scalar array, a
+        schedule (called with ``num_updates``, before it increments), a
+        :class:`Threshold`, or None to skip non-finite updates only.
+      ord: the order of the norm, static: a number of at least 1 or ``inf``; None for
+        the 2-norm.
+      axis_name: as for :func:`global_norm`.
+      max_consecutive_skips: after so many skips in a row, a step above the threshold
+        is taken, so that a threshold too low cannot stall a run for ever. One that is
+        not finite is skipped all the same. None for no such limit.
+
+    Returns:
+      A transformation whose ``update(updates, state, params=None, *, use_norm=None)``
+      takes, as an extra argument, a scalar to use as the global norm. It and all
+      other extra arguments are handed on to ``inner``. So to skip by a loss with
+      ``use_norm=loss`` makes a clip inside take the loss for the norm.
+
+    Raises:
+      TypeError: for an ``inner`` that is no transformation, a ``max_norm`` that is none
+        of these, or an array as ``ord``; from ``update``, for a leaf without a norm, by
+        its path, or a state of another transformation.
+      ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
+        ``ord`` less than 1, a ``max_consecutive_skips`` less than 0.
+
+    Guarantees of the state:
+
+    * Updates and inner state keep their dtypes and shapes.
+    * None and ``optax.EmptyState()`` begin anew. A mapping with exactly the fields of
+      :class:`SkipByGlobalNormState` is taken for it. Any other state is a TypeError,
+      as the moments in it would be lost: to add a skip in mid-run, pass
+      ``tx.init(params)._replace(inner_state=state)``.
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(

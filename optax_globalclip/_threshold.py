@@ -29,8 +29,7 @@ class Threshold(NamedTuple):
         global norm before the clip, a float32 scalar; ``count`` the number of
         updates before this one, an int32 scalar; ``threshold`` a real scalar, which
         the norm is compared with in float32. The new state is kept only if ``norm``
-        is finite. The transformation calls this in Python at each of its updates, and
-        ``init`` too if the state has no leaves.
+        is finite. Under ``jit`` both functions run once, when it is traced.
 
     :func:`zscore_threshold` and :func:`quantile_threshold` are two.
 
@@ -190,8 +189,8 @@ def zscore_threshold(
       :math:`\mu` and :math:`\sigma` are right, whatever the distribution. The sum then
       has no upward drift. A greater share shows that they are out of date.
 
-    A spike during warm-up enters the moments unclipped. To limit it, chain a constant
-    clip before this one. The authors' code differs in that it
+    The first ``warmup_steps`` are unclipped. Chain a constant clip in front to limit
+    those too. The authors' code differs in that it
 
     * clips to a constant 1 as well, even in warm-up;
     * adds 1e-6 to the standard deviation, which decides the threshold of small norms;
@@ -307,7 +306,7 @@ def quantile_threshold(
     * takes an inf or NaN into the history for good.
 
     Args:
-      q: which quantile, from 0 to 1; the authors found 0.1 to do best.
+      q: which quantile, from 0 to 1, static; 0.5 clips the longer half of all steps.
       window: how many norms to look back, at least 1. They are kept in the state.
       warmup_steps: how many finite norms to see before any is clipped.
 

@@ -59,41 +59,7 @@ def clip_by_global_norm(
     .. math:: g_i \leftarrow g_i \cdot \min(1, \text{max\_norm} / \lVert g \rVert)
 
     A drop-in for ``optax.clip_by_global_norm``. :func:`clip_updates` has the guarantees
-    and the edge cases of the updates. The state has these guarantees:
-
-    * It has the same structure, shapes and dtypes from ``init`` and from every
-      update, with and without ``jax_enable_x64``.
-    * If ``init`` is called outside ``jit``, the state lies on every device of the mesh
-      that the parameters are on.
-    * ``init`` reads no value: it takes None and abstract arrays as well.
-    * Any other object passed as the state (``None``, ``optax.EmptyState()``, another
-      transformation's state) counts as the state before the first update. Optax's
-      clip ignores its state, and published code relies on this. (The state of a clip
-      with another adaptive threshold is a TypeError.)
-
-    Args:
-      max_norm: the largest global norm to let through: a number or scalar array, a
-        schedule (called with ``num_updates``, before it increments), a
-        :class:`Threshold`, or None to measure and never clip.
-      ord: the order of the norm, a real number of at least 1 or ``inf``. Under
-        ``optax.inject_hyperparams`` name it in ``static_args``: a traced one is
-        right, but costs a second read of the updates.
-      nonfinite: what becomes of updates with an inf or NaN entry: ``"nan"`` makes
-        every entry NaN, ``"zero"`` makes every entry 0, ``"error"`` adds a
-        ``checkify`` check. Such updates are counted in ``num_nonfinite``. If
-        ``max_norm`` is None, they are passed through, and only ``"nan"`` is accepted.
-      axis_name: as for :func:`global_norm`.
-
-    Returns:
-      A transformation whose ``update(updates, state, params=None, *, use_norm=None)``
-      takes, as an extra argument, a scalar to use as the global norm.
-
-    Raises:
-      TypeError: for a ``max_norm`` that is none of these; from ``update``, for a leaf
-        without a norm, by its path.
-      ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
-        ``ord`` less than 1, a ``nonfinite`` that is unknown, or not ``"nan"`` while
-        ``max_norm`` is None.
+    and the edge cases of the updates.
 
     Example:
       >>> import jax
@@ -107,6 +73,40 @@ def clip_by_global_norm(
       >>> updates, state = jax.jit(tx.update)(grads, state, params)
       >>> print(optax.tree.get(state, "global_norm"), updates["b"])
       5.0 [-0.8]
+
+    Args:
+      max_norm: the largest global norm to let through: a number or scalar array, a
+        schedule (called with ``num_updates``, before it increments), a
+        :class:`Threshold`, or None to measure and never clip.
+      ord: the order of the norm, static: a number of at least 1 or ``inf``; None for
+        the 2-norm.
+      nonfinite: what becomes of updates with an inf or NaN entry: ``"nan"`` makes
+        every entry NaN, ``"zero"`` makes every entry 0, ``"error"`` adds a
+        ``checkify`` check. Such updates are counted in ``num_nonfinite``. If
+        ``max_norm`` is None, they are passed through, and only ``"nan"`` is accepted.
+      axis_name: as for :func:`global_norm`.
+
+    Returns:
+      A transformation whose ``update(updates, state, params=None, *, use_norm=None)``
+      takes, as an extra argument, a scalar to use as the global norm.
+
+    Raises:
+      TypeError: for a ``max_norm`` that is none of these, or an array as ``ord``; from
+        ``update``, for a leaf without a norm, by its path.
+      ValueError: for a ``max_norm`` that is a negative or NaN number, or no scalar, an
+        ``ord`` less than 1, a ``nonfinite`` that is unknown, or not ``"nan"`` while
+        ``max_norm`` is None.
+
+    Guarantees of the state:
+
+    * It has the same structure, shapes and dtypes from ``init`` and from every
+      update, with and without ``jax_enable_x64``.
+    * If ``init`` is called outside ``jit``, the state lies where the parameters lie:
+      on every device of their mesh, or on their one device.
+    * ``init`` accepts None and ``jax.ShapeDtypeStruct`` leaves.
+    * A foreign state (None, ``optax.EmptyState()``, another transformation's)
+      restarts the counters. Optax's clip ignores its state, and published code relies
+      on this. (The state of a clip with another adaptive threshold raises.)
 
     References:
       Pascanu et al., `On the difficulty of training recurrent neural networks
