@@ -3,6 +3,7 @@
 The peers that are not installed (extra ``peers``; PyTorch by itself) are left out.
 """
 
+import importlib.util
 import math
 import pathlib
 import re
@@ -20,6 +21,9 @@ from optax_globalclip import clip_updates, global_norm
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "coming-from.md"
 ROWS = re.findall(r"^\| `(.*?)` \| `(.*?)` \|", PAGE.read_text(), re.MULTILINE)
+
+if not any(map(importlib.util.find_spec, ("tensorflow", "torch"))):
+    pytest.skip("no peer: pip install -e '.[peers]'", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
 
