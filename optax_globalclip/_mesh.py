@@ -46,6 +46,9 @@ def reduced(array: jax.Array) -> jax.Array:
         return lax.psum(array, manual)
     spec = jax.typeof(array).sharding.spec
     if spec.unreduced | spec.reduced:
+        # JAX 0.12 keeps the kind of the sum in an updated spec, and then refuses it.
+        if hasattr(spec, "partitions"):
+            return jax.sharding.reshard(array, _over(array, P(*spec.partitions)))
         spec = spec.update(unreduced=frozenset(), reduced=frozenset())
         return jax.sharding.reshard(array, _over(array, spec))
     return array

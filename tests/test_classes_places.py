@@ -83,7 +83,7 @@ def test_vmap_takes_a_norm_for_each_example_or_of_all_by_name(
     if given:
         try:
             mapped(lambda leaf: jax.lax.psum(jnp.sum(leaf), tuple(given)))
-        except AssertionError:
+        except (AssertionError, ValueError):
             pytest.skip("JAX sums not even scalars over these axes")
     reduced = tuple(i for i in range(3) if i >= len(names) or names[i] in given)
     for ord in (2, 3, math.inf):
