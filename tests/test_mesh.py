@@ -209,6 +209,7 @@ def on_explicit_mesh(array, *spec):
     return jax.device_put(array, sharding)
 
 
+@recent
 @pytest.mark.parametrize("ord", [2, 3, math.inf])
 @pytest.mark.parametrize("in_context", [False, True])
 @pytest.mark.parametrize("spec", [(), ("x",), (None, "x"), ("y", "x")])

@@ -37,10 +37,11 @@ def test_nothing_is_imported_but_its_own_modules():
 STEP = """
 import jax.numpy as jnp
 import optax
+before = set(sys.modules)  # Optax 0.2.5 imports checkify.
 import optax_globalclip as og
 def loaded():
-    names = ["jax.experimental.sparse", "jax.experimental.checkify"]
-    return [name in sys.modules for name in names]
+    names = {"jax.experimental.sparse", "jax.experimental.checkify"}
+    return sorted(names & set(sys.modules) - before) or ["none"]
 tx = og.skip_by_global_norm(og.clip_by_global_norm(og.zscore_threshold()), 9.0)
 grads = {"w": jnp.array([3.0, 4.0]), "b": 0.0, "none": None}
 updates, state = tx.update(grads, tx.init(grads))
@@ -52,7 +53,7 @@ print(*loaded())
 
 
 def test_steps_import_no_more():
-    assert printed(STEP) == ["False False"]
+    assert printed(STEP) == ["none"]
 
 
 @pytest.mark.slow
@@ -72,7 +73,7 @@ error, _ = checkify.checkify(lambda x: og.clip_updates(x, 1.0, nonfinite="error"
 print(error.get() is None)
 """
     found = printed(STEP + program)
-    assert found[1:] == ["5.0 [1.5 2. ]", "True False", "False"]
+    assert found[1:] == ["5.0 [1.5 2. ]", "jax.experimental.sparse", "False"]
 
 
 # --- The version.
