@@ -154,8 +154,8 @@ def test_step_costs_one_read_of_the_gradients_and_no_more_than_peers(
     read = ours.program.hbm_bytes - none.program.hbm_bytes
     assert read <= 1.05 * size_of(four_blocks(dtype))
     assert cost_of(ours.program) <= cost_of(theirs.program)
-    # Those of the clip by hand are 13% below Optax's on a v5e, with the same squares: it
-    # is the compiler's choice of layouts. So Optax's are the bound.
+    # Those of the clip by hand are 13% below Optax's on a v5e, with the same squares:
+    # that is the compiler's choice of layouts. So Optax's are the bound.
     if peer == "optax":
         assert ours.temporary_bytes <= 1.1 * theirs.temporary_bytes + 2**20
 
