@@ -65,15 +65,13 @@ def as_scalar(
         raise ValueError(f"{name} has shape {np.shape(value)}: it is one. {remedy}")
     if isinstance(value, jax.Array):
         return value
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf if value > 0 else -math.inf
+    # No float overflows in a comparison with an int.
+    number = value if isinstance(value, int) else float(value)
     if not (least <= number <= most or (nan_allowed and math.isnan(number))):
         raise ValueError(f"{name}={number} is out of range. {remedy}")
     # Without x64 it becomes float32, and NumPy would warn of what is inf there.
     largest = float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).max)
-    return math.inf if number > largest else number
+    return math.inf if number > largest else float(number)
 
 
 def as_ord(ord: Any) -> float:
@@ -144,7 +142,6 @@ def described(value: Any) -> str:
 def _is_real(value: Any) -> bool:
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
-    real = [jnp.issubdtype(value.dtype, x) for x in (jnp.floating, jnp.integer)]
-    return (
-        any(real) and value.dtype.kind != "m"
-    )  # A timedelta64 is an integer to NumPy.
+    # A timedelta64 is an integer to NumPy.
+    kinds = () if value.dtype.kind == "m" else (jnp.floating, jnp.integer)
+    return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)

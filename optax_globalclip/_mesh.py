@@ -46,10 +46,8 @@ def reduced(array: jax.Array) -> jax.Array:
         return lax.psum(array, manual)
     spec = jax.typeof(array).sharding.spec
     if spec.unreduced | spec.reduced:
-        # JAX 0.12 keeps the kind of the sum in an updated spec, and then refuses it.
-        if hasattr(spec, "partitions"):
-            return jax.sharding.reshard(array, _over(array, P(*spec.partitions)))
-        spec = spec.update(unreduced=frozenset(), reduced=frozenset())
+        # Before JAX 0.10 a spec was a tuple of its partitions.
+        spec = P(*getattr(spec, "partitions", spec))
         return jax.sharding.reshard(array, _over(array, spec))
     return array
 
@@ -66,6 +64,21 @@ def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
     if explicit := spec.unreduced | spec.reduced:
         return jax.sharding.reshard(scalar, _over(array, P(reduced=explicit)))
     return scalar
+
+
+def on_mesh_of(array: jax.Array, tree: Any) -> Any:
+    """The tree, with what lies on no mesh whole on every device of the array's.
+
+    JAX cannot vmap over an explicit axis what is selected from values on no mesh.
+    """
+    return jax.tree.map(lambda x: x if has_mesh(x) else whole(x, array), tree)
+
+
+def whole(array: jax.Array, like: jax.Array) -> jax.Array:
+    """The array whole on every device of the other's mesh, over explicit axes."""
+    if AxisType.Explicit not in jax.typeof(like).sharding.mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, _over(like, P(*[None] * array.ndim)))
 
 
 def laid_out_like(array: jax.Array, other: jax.Array) -> jax.Array:
@@ -86,13 +99,13 @@ def placed(tree: Any, params: Any) -> Any:
             place = leaf.sharding
             if isinstance(place, NamedSharding):
                 # As many dimensions as the leaf: of such a type an update returns it.
-                return jax.tree.map(functools.partial(_whole, place.mesh), tree)
+                return jax.tree.map(functools.partial(_put_whole, place.mesh), tree)
             if leaf.committed and len(place.device_set) == 1:
                 return jax.device_put(tree, *place.device_set)
     return jax.device_put(tree)
 
 
-def _whole(mesh: Any, array: Any) -> jax.Array:
+def _put_whole(mesh: Any, array: Any) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh, P(*[None] * jnp.ndim(array))))
 
 

@@ -12,7 +12,7 @@ import optax
 
 from ._checks import as_count, as_ord, check_same, exported
 from ._clip import clip_leaves, given_norm
-from ._mesh import laid_out_like
+from ._mesh import laid_out_like, on_mesh_of
 from ._norm import measure
 from ._threshold import MaxNorm, ThresholdState, as_max_norm, begin, next_threshold
 from ._transform import count_if
@@ -207,6 +207,7 @@ def _judge(leaves, norm, threshold, state, ord, max_consecutive_skips):
     """Judges as a clip does, and measures unless a threshold needed the norm before."""
     norm = measure(leaves, ord) if norm is None else norm
     _, clip = clip_leaves([], norm, threshold, "nan")
+    state = on_mesh_of(clip.norm, state)
     above = clip.clipped
     if max_consecutive_skips is not None:
         above &= state.num_consecutive_skips < max_consecutive_skips
@@ -233,7 +234,7 @@ def _select(taken, updates, new_state, state):
 
     def new_or_old(new: Any, old: Any) -> jax.Array:
         old = jnp.asarray(old)
-        new = jnp.asarray(new, old.dtype)
+        new = on_mesh_of(taken, jnp.asarray(new, old.dtype))
         return jnp.where(taken, new, laid_out_like(old, new))
 
     updates = jax.tree.map(update_or_zero, updates, is_leaf=is_sparse)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ._checks import Numeric, as_count, as_scalar, check_same, exported, unwrapped
-from ._mesh import placed
+from ._mesh import on_mesh_of, placed
 from ._norm import measure
 
 # The longest span of moving averages that a change of level is waited for.
@@ -90,6 +90,7 @@ def next_threshold(max_norm, leaves, norm, ord, state) -> tuple[Any, Any, Any]:
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
         own = state.threshold_state
         own = own if jax.tree.leaves(own) else _initial(max_norm)
+        own = on_mesh_of(norm.norm, own)
         threshold, new = max_norm.update(norm.norm, own, state.num_updates)
         check_same("The state that Threshold.update returned", new, own, dtypes=True)
         new = admitted(norm.norm, new, own) if jax.tree.leaves(own) else None
@@ -361,8 +362,13 @@ def _quantile_step(norm, state, below, share, warmup_steps):
     ascending = jnp.sort(new_state.recent_norms)
     # Those that are not there yet are inf, and inf - inf is NaN.
     ascending = jnp.where(jnp.isfinite(ascending), ascending, 0)
-    low = below[last]
-    lower, upper = ascending[low], ascending[jnp.minimum(low + 1, last)]
-    quantile = lower + share[last] * (upper - lower)
+    low = _entry(below, last)
+    lower, upper = (_entry(ascending, i) for i in (low, jnp.minimum(low + 1, last)))
+    quantile = lower + _entry(share, last) * (upper - lower)
     judged = (state.num_norms >= warmup_steps) & (new_state.num_norms > 0)
     return jnp.where(judged, quantile, jnp.inf), new_state
+
+
+def _entry(array: jax.Array, i: jax.Array) -> jax.Array:
+    """``array[i]``, selected: JAX cannot vmap an index over an explicit axis."""
+    return jnp.sum(jnp.where(jnp.arange(array.size) == i, array, 0))

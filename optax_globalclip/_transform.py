@@ -11,6 +11,7 @@ import optax
 
 from ._checks import NonFinite, Numeric, as_ord, check_nonfinite, check_same, exported
 from ._clip import check_finite, clip_leaves, given_norm
+from ._mesh import on_mesh_of
 from ._norm import measure
 from ._threshold import MaxNorm, ThresholdState, as_max_norm, begin, next_threshold
 from ._tree import AxisName, split_updates
@@ -151,7 +152,7 @@ def _clip(leaves, norm, threshold, state, ord, nonfinite):
     """
     norm = measure(leaves, ord) if norm is None else norm
     arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
-    state = state._replace(
+    state = on_mesh_of(clip.norm, state)._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
         threshold=clip.threshold.astype(jnp.float32),

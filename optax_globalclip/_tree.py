@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from ._checks import described, unwrapped
-from ._mesh import Axes, is_typed, varying_axes
+from ._mesh import Axes, is_typed, varying_axes, whole
 from ._reduce import wide
 
 # The third is a tree prefix.
@@ -108,7 +108,8 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
 
     def full(part: jax.Array) -> jax.Array:
         """The part with batch dimensions of size 1 broadcast, as JAX reads them."""
-        return jnp.broadcast_to(part, batch + part.shape[len(batch) :])
+        # JAX does not sort over an explicit axis.
+        return jnp.broadcast_to(whole(part, part), batch + part.shape[len(batch) :])
 
     (data, *indices), treedef = jax.tree.flatten(array)
     index_dtype = jnp.promote_types(array.indices.dtype, "int32")

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
+from jax.experimental.sparse import BCOO, BCSR
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_globalclip import (
@@ -96,6 +98,73 @@ def test_vmap_takes_a_norm_for_each_example_or_of_all_by_name(
         )
         np.testing.assert_allclose(norms, expected, 1e-6)
         np.testing.assert_allclose(found, np.minimum(expected, 2), 2e-6)
+
+
+TRANSFORMATIONS = {
+    "number": lambda: clip_by_global_norm(1.0),
+    "None": lambda: clip_by_global_norm(None, ord=3),
+    "schedule": lambda: clip_by_global_norm(optax.linear_schedule(1.0, 0.5, 9)),
+    "z-score": lambda: clip_by_global_norm(zscore_threshold(warmup_steps=2)),
+    "quantile": lambda: clip_by_global_norm(quantile_threshold(0.5, window=3)),
+    "skip, z-score": lambda: skip_by_global_norm(
+        optax.chain(clip_by_global_norm(1.0), optax.trace(0.9)), zscore_threshold()
+    ),
+    "skip, quantile": lambda: skip_by_global_norm(
+        optax.trace(0.9), quantile_threshold(0.9, window=3)
+    ),
+}
+
+
+@each_setting
+@each_mesh
+@pytest.mark.parametrize("spec", ["batch", "both"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_vmap_of_three_steps_keeps_a_state_for_each_example(name, spec, types, is_set):
+    mesh, tx = oracle.mesh(*MESHES[types]), TRANSFORMATIONS[name]()
+    batch = jax.device_put(BATCH, NamedSharding(mesh, BATCHES[spec]))
+
+    def steps(leaf):
+        state = tx.init(leaf)
+        for factor in (1.0, 1.1, 8.0):
+            updates, state = tx.update(leaf * factor, state, leaf)
+        return updates, state
+
+    with setting(mesh, is_set):
+        found = jax.jit(jax.vmap(steps))(batch)
+    expected = [jax.jit(steps)(example) for example in BATCH]
+    for i, example in enumerate(expected):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: np.asarray(x)[i], found), example, rtol=2e-6
+        )
+
+
+@each_setting
+@each_mesh
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("format", [BCOO, BCSR])
+def test_sparse_matrices_over_axes_have_the_norm_of_the_dense(
+    format, unique, types, is_set
+):
+    mesh = oracle.mesh(*MESHES[types])
+    dense = np.zeros((4, 8), np.float32)
+    dense[:2] = np.arange(1.0, 17).reshape(2, 8)
+    matrix = format.fromdense(dense)
+    parts, treedef = jax.tree.flatten(matrix)
+    specs = [P("x") if len(part) % 4 == 0 else P() for part in parts]
+    parts = [
+        jax.device_put(part, NamedSharding(mesh, spec))
+        for part, spec in zip(parts, specs, strict=True)
+    ]
+    matrix = treedef.unflatten(parts)
+    matrix.unique_indices = unique
+    with setting(mesh, is_set):
+        for ord in (2, 3, math.inf):
+            (clipped,), norm = jax.jit(clip_updates, static_argnames="ord")(
+                [matrix], 1.0, ord=ord
+            )
+            expected = np.linalg.vector_norm(np.float64(dense), ord=ord)
+            np.testing.assert_allclose(norm, expected, 1e-6)
+            np.testing.assert_allclose(clipped.data, parts[0] / expected, 2e-6)
 
 
 # --- Leaves without entries, and leaves whose sum is pending.
@@ -267,20 +336,6 @@ def test_no_more_reductions_over_devices_than_in_optax(types, ord):
 
 
 # --- States lie where the parameters lie.
-
-TRANSFORMATIONS = {
-    "number": lambda: clip_by_global_norm(1.0),
-    "None": lambda: clip_by_global_norm(None, ord=3),
-    "schedule": lambda: clip_by_global_norm(optax.linear_schedule(1.0, 0.5, 9)),
-    "z-score": lambda: clip_by_global_norm(zscore_threshold(warmup_steps=2)),
-    "quantile": lambda: clip_by_global_norm(quantile_threshold(0.5, window=3)),
-    "skip, z-score": lambda: skip_by_global_norm(
-        optax.chain(clip_by_global_norm(1.0), optax.trace(0.9)), zscore_threshold()
-    ),
-    "skip, quantile": lambda: skip_by_global_norm(
-        optax.trace(0.9), quantile_threshold(0.9, window=3)
-    ),
-}
 
 
 def on(types, spec, devices=None):
