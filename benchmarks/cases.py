@@ -137,8 +137,8 @@ def training_step(
     width: int | None = None,
 ) -> Case:
     """A whole step of one of the networks: forward, backward, clip, optimizer."""
-    build = networks.NETWORKS[name]
-    network = build() if width is None else build(width)
+    builds = networks.ON_EIGHT if mesh else networks.NETWORKS
+    network = builds[name]() if width is None else builds[name](width)
     where = f", {_name_of(mesh)}" if mesh else ""
     return Case(
         f"step of {name}{where}",
@@ -206,7 +206,7 @@ def on_eight(name: str, mode: str) -> Case:
         # The layers that are stacked are not split among devices, but each of them.
         return P(None, "data") if path[0].key == "blocks" else P("data")
 
-    params = abstract(networks.NETWORKS[name]().shapes, "float32")
+    params = abstract(networks.ON_EIGHT[name]().shapes, "float32")
     specs = jax.tree_util.tree_map_with_path(spec, params)
     return training_step(
         name, "float32", mesh=Mesh({"data": 8}, mode, specs, P("data"))

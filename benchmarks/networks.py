@@ -161,7 +161,9 @@ def dense(width: int = 2048, layers: int = 2) -> Network:
     return Network([_dense(width, width)] * layers, loss_of, _bf16(2 * width, width))
 
 
-def decoder(width: int = 256, blocks: int = 2, *, stacked: bool = False) -> Network:
+def decoder(
+    width: int = 256, blocks: int = 2, *, batch: int = BATCH, stacked: bool = False
+) -> Network:
     """A small GPT-2, with its blocks listed, or stacked for ``scan`` with remat."""
     listed = [_block(width)] * blocks
     stack = jax.tree.map(
@@ -170,7 +172,7 @@ def decoder(width: int = 256, blocks: int = 2, *, stacked: bool = False) -> Netw
         is_leaf=lambda n: type(n) is tuple,
     )
     shapes = _decoder_shapes(width, stack if stacked else listed, VOCABULARY, LENGTH)
-    return Network(shapes, _next_token_loss, _int32(BATCH, LENGTH))
+    return Network(shapes, _next_token_loss, _int32(batch, LENGTH))
 
 
 def vision_transformer(width: int = 256, blocks: int = 2) -> Network:
@@ -323,6 +325,12 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "experts": experts,
     "embedding tables": embedding_tables,
     "LoRA": lora,
+}
+
+# As wide as GPT-2 small, on eight devices: in data parallel, and in FSDP.
+ON_EIGHT: dict[str, Callable[..., Network]] = {
+    "decoder": functools.partial(decoder, 768, 4, batch=64),
+    "stacked decoder": functools.partial(decoder, 768, 12, batch=64, stacked=True),
 }
 
 

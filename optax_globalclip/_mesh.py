@@ -44,11 +44,11 @@ def reduced(array: jax.Array) -> jax.Array:
     """The array with its pending sum over devices carried out, and no such marks."""
     if manual := _manual_axes(array, "unreduced"):
         return lax.psum(array, manual)
-    spec = jax.typeof(array).sharding.spec
-    if spec.unreduced | spec.reduced:
+    sharding = jax.typeof(array).sharding
+    if sharding.spec.unreduced | sharding.spec.reduced:
         # Before JAX 0.10 a spec was a tuple of its partitions.
-        spec = P(*getattr(spec, "partitions", spec))
-        return jax.sharding.reshard(array, _over(array, spec))
+        spec = P(*getattr(sharding.spec, "partitions", sharding.spec))
+        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
     return array
 
 
@@ -58,11 +58,12 @@ def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
     JAX requires it to be marked as reduced over the axes over which the array is
     unreduced, or is marked as reduced.
     """
-    spec = jax.typeof(array).sharding.spec
     if manual := _manual_axes(array, "unreduced"):
         return lax.pcast(scalar, manual, to="reduced")
-    if explicit := spec.unreduced | spec.reduced:
-        return jax.sharding.reshard(scalar, _over(array, P(reduced=explicit)))
+    sharding = jax.typeof(array).sharding
+    if explicit := sharding.spec.unreduced | sharding.spec.reduced:
+        reduced = NamedSharding(sharding.mesh, P(reduced=explicit))
+        return jax.sharding.reshard(scalar, reduced)
     return scalar
 
 
@@ -76,9 +77,10 @@ def on_mesh_of(array: jax.Array, tree: Any) -> Any:
 
 def whole(array: jax.Array, like: jax.Array) -> jax.Array:
     """The array whole on every device of the other's mesh, over explicit axes."""
-    if AxisType.Explicit not in jax.typeof(like).sharding.mesh.axis_types:
+    mesh = jax.typeof(like).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
         return array
-    return jax.sharding.reshard(array, _over(like, P(*[None] * array.ndim)))
+    return jax.sharding.reshard(array, _replicated(mesh, array))
 
 
 def laid_out_like(array: jax.Array, other: jax.Array) -> jax.Array:
@@ -99,14 +101,15 @@ def placed(tree: Any, params: Any) -> Any:
             place = leaf.sharding
             if isinstance(place, NamedSharding):
                 # As many dimensions as the leaf: of such a type an update returns it.
-                return jax.tree.map(functools.partial(_put_whole, place.mesh), tree)
+                places = jax.tree.map(functools.partial(_replicated, place.mesh), tree)
+                return jax.device_put(tree, places)
             if leaf.committed and len(place.device_set) == 1:
                 return jax.device_put(tree, *place.device_set)
     return jax.device_put(tree)
 
 
-def _put_whole(mesh: Any, array: Any) -> jax.Array:
-    return jax.device_put(array, NamedSharding(mesh, P(*[None] * jnp.ndim(array))))
+def _replicated(mesh: Any, array: Any) -> NamedSharding:
+    return NamedSharding(mesh, P(*[None] * jnp.ndim(array)))
 
 
 def has_mesh(array: jax.Array) -> bool:
@@ -114,14 +117,9 @@ def has_mesh(array: jax.Array) -> bool:
     return not jax.typeof(array).sharding.mesh.empty
 
 
-def is_local(array: jax.Array) -> bool:
-    """Whether the array lies on one device, or is one device's shard."""
-    return set(jax.typeof(array).sharding.mesh.axis_types) <= {AxisType.Manual}
-
-
-def _over(array: jax.Array, spec: P) -> NamedSharding:
-    """The sharding by a spec over the array's mesh, which need not be set."""
-    return NamedSharding(jax.typeof(array).sharding.mesh, spec)
+def is_laid_out(array: jax.Array) -> bool:
+    """Whether its type says how the array is sharded: not over auto axes."""
+    return AxisType.Auto not in jax.typeof(array).sharding.mesh.axis_types
 
 
 def _manual_axes(array: Any, kind: str) -> Axes:

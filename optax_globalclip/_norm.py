@@ -232,7 +232,6 @@ def _two_norm(leaves: list[Leaf]) -> GlobalNorm:
     value_and_unit = lax.platform_dependent(
         [leaf.array for leaf in leaves],
         cpu=functools.partial(_cpu.root_of_squares, **sums.keywords),
-        tpu=lambda arrays: root_of_squares(sums(arrays, together=False)),
         default=lambda arrays: root_of_squares(sums(arrays)),
     )
     return GlobalNorm.scaled(*value_and_unit)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mesh import is_local
+from ._mesh import is_laid_out
 
 # The most entries that the ranges below allow for, as a power of two.
 _ENTRIES = 40
@@ -65,10 +65,10 @@ def root_of_squares(two_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, either(in_range, 1, 1 / limits.shrink, value.dtype)
 
 
-def two_sums(arrays, dtype, *, together=True) -> jax.Array:
+def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     """The sums of squares of the shrunk entries and of the grown, as one complex.
 
-    Summed ``together`` they are one kernel on a GPU. A TPU is faster without.
+    Summed as one they are one kernel on a GPU. A TPU is faster if they are two.
     """
     limits = Range.of(dtype)
     # No constants to XLA: it would merge them with those that the arrays are multiplied
@@ -76,8 +76,15 @@ def two_sums(arrays, dtype, *, together=True) -> jax.Array:
     # https://github.com/jax-ml/jax/issues/37919
     factors = [jnp.array(x, dtype) for x in (limits.shrink, limits.grow)]
     factors = lax.optimization_barrier(factors)
-    groups = groups_of(arrays, lambda x: is_local(x) and jax.typeof(x), ADDENDS)
-    return add([_two_sums(group, *factors, together) for group in groups])
+    groups = groups_of(arrays, lambda x: is_laid_out(x) and jax.typeof(x), ADDENDS)
+
+    def sums(groups, *factors, together=True):
+        # The last first, because XLA visits operands from the last on. So it joins the
+        # all-reduces of gradients as for a plain sum, and copies no tables for that.
+        return add([_two_sums(x, *factors, together) for x in reversed(groups)])
+
+    apart = functools.partial(sums, together=False)
+    return lax.platform_dependent(groups, *factors, tpu=apart, default=sums)
 
 
 # Traced once for groups of one type.
@@ -135,5 +142,4 @@ def wide(array: jax.Array, accumulator: jnp.dtype) -> jnp.dtype:
     """The dtype to compute with an array in: the accumulator's, complex if it is."""
     if not jnp.iscomplexobj(array):
         return accumulator
-    double = accumulator == jnp.float64
-    return jnp.dtype(jnp.complex128 if double else jnp.complex64)
+    return jnp.dtype(f"complex{2 * jnp.finfo(accumulator).bits}")

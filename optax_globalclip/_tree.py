@@ -75,8 +75,7 @@ def split_updates(
 
 def accumulator(leaves: Sequence[Leaf]) -> jnp.dtype:
     """float64 if any leaf is float64 or complex128, else float32."""
-    doubles = jnp.float64, jnp.complex128
-    double = any(leaf.array.dtype in doubles for leaf in leaves)
+    double = any(leaf.array.dtype in (jnp.float64, jnp.complex128) for leaf in leaves)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
@@ -112,7 +111,7 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
         return jnp.broadcast_to(whole(part, part), batch + part.shape[len(batch) :])
 
     (data, *indices), treedef = jax.tree.flatten(array)
-    index_dtype = jnp.promote_types(array.indices.dtype, "int32")
+    index_dtype = np.promote_types(array.indices.dtype, np.int32)
     indices = [full(part).astype(index_dtype) for part in indices]
     matrix = treedef.unflatten([full(data).astype(wide(data, dtype)), *indices])
     if isinstance(matrix, BCSR):
