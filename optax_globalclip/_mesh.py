@@ -44,11 +44,11 @@ def reduced(array: jax.Array) -> jax.Array:
     """The array with its pending sum over devices carried out, and no such marks."""
     if manual := _manual_axes(array, "unreduced"):
         return lax.psum(array, manual)
-    sharding = jax.typeof(array).sharding
-    if sharding.spec.unreduced | sharding.spec.reduced:
+    own = jax.typeof(array).sharding
+    if own.spec.unreduced | own.spec.reduced:
         # Before JAX 0.10 a spec was a tuple of its partitions.
-        spec = P(*getattr(sharding.spec, "partitions", sharding.spec))
-        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+        spec = P(*getattr(own.spec, "partitions", own.spec))
+        return jax.sharding.reshard(array, NamedSharding(own.mesh, spec))
     return array
 
 
@@ -60,10 +60,9 @@ def factor_of(array: jax.Array, scalar: jax.Array) -> jax.Array:
     """
     if manual := _manual_axes(array, "unreduced"):
         return lax.pcast(scalar, manual, to="reduced")
-    sharding = jax.typeof(array).sharding
-    if explicit := sharding.spec.unreduced | sharding.spec.reduced:
-        reduced = NamedSharding(sharding.mesh, P(reduced=explicit))
-        return jax.sharding.reshard(scalar, reduced)
+    own = jax.typeof(array).sharding
+    if axes := own.spec.unreduced | own.spec.reduced:
+        return jax.sharding.reshard(scalar, NamedSharding(own.mesh, P(reduced=axes)))
     return scalar
 
 
