@@ -14,7 +14,6 @@ CASE = "added to AdamW"
 # By metric: its title, the unit of what is drawn, and how it is written.
 METRICS = {
     "kernels": ("Kernels", 1, "{:.0f}"),
-    "hbm_gb": ("Memory traffic, GB", 1, "{:.2f}"),
     "cycles": ("Million cycles", 1e-6, "{:.2f}"),
 }
 
@@ -72,34 +71,23 @@ def _one_read(axes: matplotlib.axes.Axes, milliseconds: float) -> None:
 
 @style.applied
 def draw_compiled(folder: pathlib.Path) -> None:
-    """Draws what each clip adds to the step: a line of panels for each target."""
+    """Draws what each clip adds to the step: a panel for each target."""
     read = [results.read(folder / f"compiled-{name}.json") for name in TARGETS]
     found = {each["target"]: _rows(each, "float32") for each in read if each}
     found = {target: rows for target, rows in found.items() if rows}
     if not found:
         return
-    known = {m for rows in found.values() for m in METRICS if rows["none"][m]}
-    metrics = [metric for metric in METRICS if metric in known]
     figure, panels = plt.subplots(
-        len(found),
-        len(metrics),
-        figsize=(4.2 * len(metrics), 0.9 + 1.35 * len(found)),
-        sharex="col",
-        squeeze=False,
+        1, len(found), figsize=(3.2 * len(found), 2.4), squeeze=False
     )
-    for line, (target, rows) in zip(panels, found.items(), strict=True):
-        for axes, metric in zip(line, metrics, strict=True):
-            title, unit, written = METRICS[metric]
-            axes.set_title(f"{title}, {target}")
-            if (base := rows["none"][metric]) is None:
-                axes.text(
-                    0.5, 0.5, "no estimate", transform=axes.transAxes, ha="center"
-                )
-                axes.set_axis_off()
-                continue
-            added = {clip: (rows[clip][metric] - base) * unit for clip in cases.CLIPS}
-            style.bars(axes, added, written)
-            axes.tick_params(labelleft=axes is line[0])
+    for axes, (target, rows) in zip(panels[0], found.items(), strict=True):
+        metric = "kernels" if rows["none"]["cycles"] is None else "cycles"
+        title, unit, written = METRICS[metric]
+        axes.set_title(f"{title}, {target}")
+        base = rows["none"][metric]
+        added = {clip: (rows[clip][metric] - base) * unit for clip in cases.CLIPS}
+        style.bars(axes, added, written)
+        axes.tick_params(labelleft=axes is panels[0][0])
     style.name_below(
         figure, "added to an AdamW step of GPT-2 small, float32: compiled, not measured"
     )

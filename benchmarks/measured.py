@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.progress
 
-from . import cases, networks, peers
+from . import cases, networks
 from .cases import Case
 from .measure import Contender, compiled, interleaved, rows
 from .results import Row
@@ -57,7 +57,6 @@ def _alone(case: Case, rounds: int, progress: rich.progress.Progress) -> list[Ro
     # To entries that are not subnormal in float16.
     max_norm = 0.5 * math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(tree)))
     contenders = {name: _clip(case, name, tree, max_norm) for name in case.contenders}
-    contenders |= peers.contenders(tree, max_norm)
     contenders["one read"] = _read_and_scale(tree)
     contenders["copy"] = Contender(
         lambda _: jax.block_until_ready(jax.tree.map(jnp.copy, tree))
@@ -133,6 +132,5 @@ def outside_jit(rounds: int, progress: rich.progress.Progress) -> list[Row]:
         return Contender(lambda _: jax.block_until_ready(tx.update(tree, state)))
 
     contenders = {name: contender(name) for name in (*cases.CLIPS, "z-score")}
-    contenders |= peers.contenders(tree, 1.0, eager=True)
     interleaved(contenders, rounds, progress)
     return rows("outside jit, 148 leaves", "float32", contenders)

@@ -20,7 +20,7 @@ import optax_globalclip
 Row = dict[str, Any]
 
 FOLDER = pathlib.Path(__file__).parent / "results"
-PACKAGES = ("jax", "optax", "torch", "tensorflow_cpu", "libtpu", "jax-cuda12-plugin")
+PACKAGES = ("jax", "optax", "libtpu", "jax-cuda12-plugin")
 
 
 def parser(

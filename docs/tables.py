@@ -9,9 +9,11 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.accelerators import cost, summary
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CONTENDERS = ("none", "by hand", "optax", "ours")
+EVERY = ("none", "by hand", "optax", "ours", "z-score", "skip")
 Row = dict[str, Any]
 
 
@@ -49,13 +51,44 @@ def programs(results: dict[str, Any]) -> dict[str, dict[str, Row]]:
     return found
 
 
-def compiled_lines(results: dict[str, Any]) -> list[str]:
-    """One line for each program: traffic and work, a cell for each contender."""
-    lines = []
-    for name, rows in programs(results).items():
-        cells = (_cell(rows.get(who)) for who in CONTENDERS)
-        lines.append(_line([name.removeprefix("added to "), *cells]))
-    return sorted(lines)
+def ratio_lines(compiled: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each program: our cost to the better peer's, by target and dtype."""
+    ratios: dict[str, dict[str, list[str]]] = {}
+    for target, results in compiled.items():
+        for rows in programs(results).values():
+            ours = rows["ours"]
+            ratio = cost(ours) / min(cost(rows[who]) for who in ("by hand", "optax"))
+            cells = ratios.setdefault(ours["case"], {}).setdefault(target, [])
+            cells.append(f"{ratio:.2f}")
+    return [
+        _line([name, *(" / ".join(cells.get(target, ["–"])) for target in compiled)])
+        for name, cells in ratios.items()
+    ]
+
+
+def summary_lines(compiled: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each pair of clips: the geometric mean and the worst, by target."""
+    lines: dict[str, dict[str, str]] = {}
+    for target, results in compiled.items():
+        for found in summary(results["rows"]):
+            if found["group"].endswith(("device", "devices")):
+                line = lines.setdefault(f"{found['group']}, {found['what']}", {})
+                line[target] = f"{found['mean']:.2f} ({found['worst']:.2f})"
+    return [
+        _line([name, *(cells.get(target, "–") for target in compiled)])
+        for name, cells in lines.items()
+    ]
+
+
+def detail_lines(compiled: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each program of which every clip, or 70B on a mesh, is compiled."""
+    return [
+        _line([f"{target}: {name.removeprefix('added to ')}", *map(_cell, cells)])
+        for target, results in compiled.items()
+        for name, rows in programs(results).items()
+        for cells in ([rows.get(who) for who in EVERY],)
+        if "skip" in rows or "70B" in name
+    ]
 
 
 def compare_lines(results: dict[str, Any]) -> list[str]:
@@ -88,12 +121,12 @@ def _time(row: Row | None) -> str:
 
 
 def _cell(row: Row | None) -> str:
-    """GB; million cycles where the compiler estimates them (TPUs), else kernels."""
+    """GB, temporary MB; then million cycles as the compiler estimates, or kernels."""
     if row is None:
         return "–"
     cycles = row["cycles"]
     work = f"{row['kernels']:,}" if cycles is None else f"{cycles / 1e6:.3g}"
-    return f"{row['hbm_gb']:.3g}; {work}"
+    return f"{row['hbm_gb']:.3g}; {row['temporary_mb']:.2g}; {work}"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -104,8 +137,8 @@ def main() -> None:
     """Prints every table's rows under the name of their file."""
     print("compare.json", *compare_lines(read("compare")), sep="\n", end="\n\n")
     print("cpu-2-cores.json", *measured_lines(read("cpu-2-cores")), sep="\n")
-    for target, results in compiled().items():
-        print(target, *compiled_lines(results), sep="\n", end="\n\n")
+    for lines in (summary_lines, ratio_lines, detail_lines):
+        print(*lines(compiled()), sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":

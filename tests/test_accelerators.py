@@ -160,11 +160,18 @@ def test_step_costs_one_read_of_the_gradients_and_no_more_than_peers(
         assert ours.temporary_bytes <= 1.1 * theirs.temporary_bytes + 2**20
 
 
-def test_training_step_costs_no_more(target):
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.training_step("dense", "float32"),
+        cases.on_eight("stacked decoder", "auto"),
+    ],
+    ids=str,
+)
+def test_training_step_costs_no_more(case, target):
     if target.name == "v6e":
         pytest.skip("compiles for a minute, and the sums are those of a v5e")
     # The sums must fuse with the backward pass. If not, they cost up to half the step.
-    case = cases.training_step("dense", "float32")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         theirs, ours = (
             accelerators.compiled(target, case, clip).program
