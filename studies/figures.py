@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import matplotlib.axes
+import matplotlib.colors
 import matplotlib.patches
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,49 +38,41 @@ def main(arguments: list[str] | None = None) -> None:
 
 @style.applied
 def draw_spikes(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws a panel for each kind of bad batches, with dots for each method."""
-    rows = results["rows"]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    figure, panels = plt.subplots(
-        1, len(kinds), sharex=True, sharey=True, figsize=(12, 3.4), squeeze=False
+    """Draws a cell for each method and kind of bad batches, shaded by what is lost."""
+    found = {(row["method"], row["kind"]): row for row in results["rows"]}
+    methods, kinds = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+    lost = {key: row["lost"] / len(row["accuracies"]) for key, row in found.items()}
+    figure, axes = plt.subplots(figsize=(9, 3.4))
+    to_rgba = matplotlib.colors.to_rgba
+    axes.imshow(
+        [[to_rgba(style.ORANGE, lost[m, k]) for k in kinds] for m in methods],
+        aspect="auto",
     )
-    for axes, kind in zip(panels[0], kinds, strict=True):
-        axes.set_title(TITLES[kind])
-        found = {row["method"]: row for row in rows if row["kind"] == kind}
-        for place, method in enumerate(methods):
-            _dots(axes, place, found[method], style.COLOURS[method])
-        axes.set(xscale="log", xlim=(0.012, 1.3))
-        axes.axvspan(0.8, 1.3, color=style.FAINT, lw=0, zorder=0)
-        axes.set_xticks([0.02, 0.05, 0.2, 0.9], ["2%", "5%", "20%", "lost"])
-        axes.set_xticks([], minor=True)
-    first = panels[0, 0]
-    first.set_yticks(range(len(methods)), methods)
-    first.set_ylim(len(methods) - 0.5, -0.5)
-    for label, method in zip(first.get_yticklabels(), methods, strict=True):
+    for (y, method), (x, kind) in itertools.product(
+        enumerate(methods), enumerate(kinds)
+    ):
+        color = "white" if lost[method, kind] > 0.5 else style.TEXT
+        text = _accuracy(found[method, kind])
+        axes.text(x, y, text, ha="center", va="center", color=color)
+    axes.set_xticks(range(len(kinds)), [TITLES[kind] for kind in kinds])
+    axes.set_yticks(range(len(methods)), methods)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    for label, method in zip(axes.get_yticklabels(), methods, strict=True):
         label.set_color(style.COLOURS[method])
     style.name_below(
-        figure,
-        "test error, log scale: a dot a seed, a bar for their mean's 95% interval",
+        figure, "test accuracy in %, and its 95% interval over the seeds that learn"
     )
     style.save(figure, path)
 
 
-def _dots(
-    axes: matplotlib.axes.Axes, place: int, row: dict[str, Any], colour: str
-) -> None:
-    """The errors of one method, beside one another where they are the same."""
-    errors = 1 - np.array(row["accuracies"])
-    beside = np.linspace(-0.22, 0.22, len(errors))
-    axes.scatter(errors, place + beside, s=10, color=colour, lw=0)
+def _accuracy(row: dict[str, Any]) -> str:
     if row["lost"]:
-        text = f"{row['lost']} of {len(errors)} lost"
-        where = dict(ha="right", va="center", color=colour)
-        axes.text(0.74, place, text, where)
-    else:
-        # An interval may end beyond no error at all, which a log scale cannot show.
-        low, high = (max(1 - each, 1e-3) for each in row["accuracy_interval"])
-        axes.plot([low, high], [place, place], color=colour, lw=2.5)
+        return f"{row['lost']} of {len(row['accuracies'])} lost"
+    if row["accuracy"] is None:
+        return ""
+    low, high = row["accuracy_interval"]
+    return f"{100 * row['accuracy']:.1f} ± {50 * (high - low):.1f}"
 
 
 @style.applied
