@@ -12,9 +12,9 @@ import optax
 from . import _cpu
 from ._checks import NonFinite, Numeric, as_ord, as_scalar, check_nonfinite
 from ._mesh import factor_of, has_mesh
-from ._norm import GlobalNorm, divide, measure
+from ._norm import GlobalNorm, accumulator, divide, measure
 from ._reduce import either, wide
-from ._tree import AxisName, Leaf, accumulator, split_updates, values_of, with_values
+from ._tree import AxisName, Leaf, split_updates, values_of, with_values
 
 
 class Clip(NamedTuple):

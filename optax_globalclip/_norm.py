@@ -17,8 +17,8 @@ from jax import lax
 from . import _cpu
 from ._checks import Scalar, as_ord
 from ._mesh import Axes, factor_of, reduced
-from ._reduce import Range, add, either, real_parts, root_of_squares, two_sums
-from ._tree import AxisName, Leaf, accumulator, is_float0, matrix_values, split_updates
+from ._reduce import Range, add, either, hidden, real_parts, root_of_squares, two_sums
+from ._tree import AxisName, Leaf, is_float0, matrix_values, split_updates
 
 
 def global_norm(
@@ -169,15 +169,6 @@ class GlobalNorm(NamedTuple):
         return GlobalNorm(*(jnp.where(usable, x, 1) for x in norm))
 
 
-def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
-    """The scalars, as no constants to XLA.
-
-    It makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, though
-    ``a * b`` may underflow. A barrier is no constant.
-    """
-    return lax.optimization_barrier(scalars)
-
-
 def over(array: jax.Array, norm: GlobalNorm) -> jax.Array:
     """The array divided by a norm that is a constant and can be divided by."""
     factors = (norm.value, 1 / norm.unit)
@@ -217,6 +208,12 @@ def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
             for leaf in leaves
         ]
         return _two_norm(leaves) if ord == 2 else _p_norm(ord, leaves)
+
+
+def accumulator(leaves: Sequence[Leaf]) -> jnp.dtype:
+    """float64 if any leaf is float64 or complex128, else float32."""
+    double = any(leaf.array.dtype in (jnp.float64, jnp.complex128) for leaf in leaves)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 # --- The 2-norm.

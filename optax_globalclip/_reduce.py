@@ -71,11 +71,10 @@ def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     Summed as one they are one kernel on a GPU. A TPU is faster if they are two.
     """
     limits = Range.of(dtype)
-    # No constants to XLA: it would merge them with those that the arrays are multiplied
-    # by, or square them, and both may underflow:
-    # https://github.com/jax-ml/jax/issues/37919
-    factors = [jnp.array(x, dtype) for x in (limits.shrink, limits.grow)]
-    factors = lax.optimization_barrier(factors)
+    factors = hidden(jnp.array(limits.shrink, dtype), jnp.array(limits.grow, dtype))
+    # Side by side if they are alike: XLA adds sums over the same devices before it
+    # reduces them.
+    arrays = sum(groups_of(arrays, jax.typeof, len(arrays)), [])
     groups = groups_of(arrays, lambda x: is_laid_out(x) and jax.typeof(x), ADDENDS)
 
     def sums(groups, *factors, together=True):
@@ -102,6 +101,16 @@ def _two_sums(alike, shrink, grow, together):
     grown = [jnp.clip(x, -most, most) for x in grown]
     squares = (add([*map(jnp.square, x)]) for x in (shrunk, grown))
     return jnp.sum(lax.complex(*squares))
+
+
+def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
+    """The scalars, as no constants to XLA.
+
+    It makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, and may square
+    them, though the product underflows. A barrier is no constant:
+    https://github.com/jax-ml/jax/issues/37919
+    """
+    return lax.optimization_barrier(scalars)
 
 
 def either(condition: jax.Array, one: float, other: float, dtype: Any) -> jax.Array:

@@ -73,12 +73,6 @@ def split_updates(
     return [Leaf(arrays[i], axes[i]) for i in counted], join
 
 
-def accumulator(leaves: Sequence[Leaf]) -> jnp.dtype:
-    """float64 if any leaf is float64 or complex128, else float32."""
-    double = any(leaf.array.dtype in (jnp.float64, jnp.complex128) for leaf in leaves)
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
-
-
 def values_of(array: Any) -> jax.Array:
     """The values that a sparse matrix stores; a dense array itself."""
     return array.data if is_sparse(array) else array
