@@ -116,9 +116,9 @@ def has_mesh(array: jax.Array) -> bool:
     return not jax.typeof(array).sharding.mesh.empty
 
 
-def is_laid_out(array: jax.Array) -> bool:
-    """Whether its type says how the array is sharded: not over auto axes."""
-    return AxisType.Auto not in jax.typeof(array).sharding.mesh.axis_types
+def is_local(array: jax.Array) -> bool:
+    """Whether the array lies on one device, or is one device's shard."""
+    return set(jax.typeof(array).sharding.mesh.axis_types) <= {AxisType.Manual}
 
 
 def _manual_axes(array: Any, kind: str) -> Axes:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mesh import is_laid_out
+from ._mesh import is_local
 
 # The most entries that the ranges below allow for, as a power of two.
 _ENTRIES = 40
@@ -75,7 +75,7 @@ def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     # Side by side if they are alike: XLA adds sums over the same devices before it
     # reduces them.
     arrays = sum(groups_of(arrays, jax.typeof, len(arrays)), [])
-    groups = groups_of(arrays, lambda x: is_laid_out(x) and jax.typeof(x), ADDENDS)
+    groups = groups_of(arrays, lambda x: is_local(x) and jax.typeof(x), ADDENDS)
 
     def sums(groups, *factors, together=True):
         # The last first, because XLA visits operands from the last on. So it joins the
