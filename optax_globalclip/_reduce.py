@@ -34,7 +34,7 @@ class Range(NamedTuple):
       shrink: a sum of squares of entries times this does not overflow.
       grow: a sum of squares of entries times this is trusted up to where that of the
         shrunk entries begins to be.
-      most: the most that an entry times ``grow`` counts as. A sum of its square is not
+      most: the most that the square of a grown entry counts as. A sum with it is not
         trusted.
     """
 
@@ -52,7 +52,7 @@ class Range(NamedTuple):
             floor=2.0**floor,
             shrink=2.0 ** -((int(info.maxexp) + _ENTRIES) // 2),
             grow=2.0 ** ((-floor - _ENTRIES - 1) // 2),
-            most=2.0 ** (int(info.maxexp) / 2 - 0.25),
+            most=2.0 ** (int(info.maxexp) - 0.5),
         )
 
 
@@ -91,16 +91,14 @@ def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
 def _two_sums(alike, shrink, grow, together):
     """``two_sums`` of arrays that can be added entry by entry on each device."""
     parts = [part for array in alike for part in real_parts(array, grow.dtype)]
-    shrunk, grown = ([part * factor for part in parts] for factor in (shrink, grow))
+    shrunk = [jnp.square(part * shrink) for part in parts]
+    grown = [jnp.square(part * grow) for part in parts]
     if not together:
-        squares = (add([*map(jnp.square, x)]) for x in (shrunk, grown))
-        return lax.complex(*map(jnp.sum, squares))
+        return lax.complex(jnp.sum(add(shrunk)), jnp.sum(add(grown)))
     # Limited, so that only a sum of finite squares is infinite: of an array that is
     # broadcast XLA makes a product of complex numbers, in which inf * 0 is NaN.
-    most = Range.of(grow.dtype).most
-    grown = [jnp.clip(x, -most, most) for x in grown]
-    squares = (add([*map(jnp.square, x)]) for x in (shrunk, grown))
-    return jnp.sum(lax.complex(*squares))
+    grown = [jnp.minimum(x, Range.of(grow.dtype).most) for x in grown]
+    return jnp.sum(lax.complex(add(shrunk), add(grown)))
 
 
 def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
