@@ -126,7 +126,7 @@ def _cell(row: Row | None) -> str:
         return "–"
     cycles = row["cycles"]
     work = f"{row['kernels']:,}" if cycles is None else f"{cycles / 1e6:.3g}"
-    return f"{row['hbm_gb']:.3g}; {row['temporary_mb']:.2g}; {work}"
+    return f"{row['hbm_gb']:.3g}; {row['temporary_mb']:.3g}; {work}"
 
 
 def _line(cells: Iterable[str]) -> str:

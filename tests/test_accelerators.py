@@ -164,7 +164,9 @@ def test_step_costs_one_read_of_the_gradients_and_no_more_than_peers(
     "case",
     [
         cases.training_step("dense", "float32"),
-        cases.on_eight("stacked decoder", "auto"),
+        pytest.param(
+            cases.on_eight("stacked decoder", "explicit"), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
