@@ -120,6 +120,8 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("spec", ["batch", "both"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_vmap_of_three_steps_keeps_a_state_for_each_example(name, spec, types, is_set):
+    if jax.__version_info__ < (0, 10) and EXPLICIT in MESHES[types]:
+        pytest.skip("JAX 0.9 cannot map a selection over an explicit axis")
     mesh, tx = oracle.mesh(*MESHES[types]), TRANSFORMATIONS[name]()
     batch = jax.device_put(BATCH, NamedSharding(mesh, BATCHES[spec]))
 
