@@ -33,13 +33,7 @@ def unwrapped(value: Any) -> Any:
 
 
 def as_scalar(
-    name: str,
-    value: Any,
-    least: float = 0,
-    most: float = math.inf,
-    *,
-    static: bool = False,
-    nan_allowed: bool = False,
+    name, value, least=0.0, most=math.inf, *, static=False, nan_allowed=False
 ) -> Any:
     """Converts a number to a float; returns an array on a device as it is.
 
@@ -65,13 +59,15 @@ def as_scalar(
         raise ValueError(f"{name} has shape {np.shape(value)}: it is one. {remedy}")
     if isinstance(value, jax.Array):
         return value
-    # No float overflows in a comparison with an int.
-    number = value if isinstance(value, int) else float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
     if not (least <= number <= most or (nan_allowed and math.isnan(number))):
         raise ValueError(f"{name}={number} is out of range. {remedy}")
     # Without x64 it becomes float32, and NumPy would warn of what is inf there.
     largest = float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).max)
-    return math.inf if number > largest else float(number)
+    return math.inf if number > largest else number
 
 
 def as_ord(ord: Any) -> float:

@@ -70,9 +70,10 @@ def on_mesh_of(array: jax.Array, tree: Any) -> Any:
     """The tree, with what lies on no mesh whole on every device of the array's.
 
     JAX cannot vmap over an explicit axis what is selected from values on no mesh. (JAX
-    0.9 cannot if they are on one either: there the tree stays as it is.)
+    0.9 cannot if they are on one either: there the tree stays as it is. So it does
+    outside ``jit``, where arrays are on devices already.)
     """
-    if not hasattr(P, "partitions"):
+    if not isinstance(array, Tracer) or not hasattr(P, "partitions"):
         return tree
     return jax.tree.map(lambda x: x if has_mesh(x) else whole(x, array), tree)
 

@@ -34,8 +34,7 @@ class Range(NamedTuple):
       shrink: a sum of squares of entries times this does not overflow.
       grow: a sum of squares of entries times this is trusted up to where that of the
         shrunk entries begins to be.
-      most: the most that the square of a grown entry counts as. A sum with it is not
-        trusted.
+      most: the most that a grown entry counts as. A sum of its square is not trusted.
     """
 
     floor: float
@@ -52,7 +51,7 @@ class Range(NamedTuple):
             floor=2.0**floor,
             shrink=2.0 ** -((int(info.maxexp) + _ENTRIES) // 2),
             grow=2.0 ** ((-floor - _ENTRIES - 1) // 2),
-            most=2.0 ** (int(info.maxexp) - 0.5),
+            most=2.0 ** (int(info.maxexp) / 2 - 0.25),
         )
 
 
@@ -91,22 +90,33 @@ def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
 def _two_sums(alike, shrink, grow, together):
     """``two_sums`` of arrays that can be added entry by entry on each device."""
     parts = [part for array in alike for part in real_parts(array, grow.dtype)]
-    shrunk = [jnp.square(part * shrink) for part in parts]
-    grown = [jnp.square(part * grow) for part in parts]
+    largest = float(jnp.finfo(grow.dtype).max)
     if not together:
-        return lax.complex(jnp.sum(add(shrunk)), jnp.sum(add(grown)))
-    # Limited, so that only a sum of finite squares is infinite: of an array that is
-    # broadcast XLA makes a product of complex numbers, in which inf * 0 is NaN.
-    grown = [jnp.minimum(x, Range.of(grow.dtype).most) for x in grown]
-    return jnp.sum(lax.complex(add(shrunk), add(grown)))
+        sums = (jnp.sum(_squares(parts, x, largest)) for x in (shrink, grow))
+        return lax.complex(*sums)
+    # What is grown is limited, so that only a sum of finite squares is infinite: of an
+    # array that is broadcast XLA makes a product of complex numbers, in which inf * 0
+    # is NaN.
+    parts = [*map(jnp.abs, parts)]
+    grown = _squares(parts, grow, Range.of(grow.dtype).most)
+    return jnp.sum(lax.complex(_squares(parts, shrink, largest), grown))
+
+
+def _squares(parts, factor, most):
+    """The squares of the parts, each times the factor and at most so much; added.
+
+    XLA makes ``(x * x) * (factor * factor)`` of a plain square of an array that is
+    broadcast, and both may leave the range: https://github.com/jax-ml/jax/issues/37919
+    A minimum prevents it. The largest float leaves each square what it is.
+    """
+    return add([jnp.square(jnp.minimum(part * factor, most)) for part in parts])
 
 
 def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
     """The scalars, as no constants to XLA.
 
-    It makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, and may square
-    them, though the product underflows. A barrier is no constant:
-    https://github.com/jax-ml/jax/issues/37919
+    It makes ``x * (a * b)`` of ``(x * a) * b`` if a and b are constants, though
+    ``a * b`` may underflow. A barrier is no constant.
     """
     return lax.optimization_barrier(scalars)
 

@@ -89,8 +89,7 @@ def next_threshold(max_norm, leaves, norm, ord, state) -> tuple[Any, Any, Any]:
         norm = measure(leaves, ord) if norm is None else norm
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
         own = state.threshold_state
-        own = own if jax.tree.leaves(own) else _initial(max_norm)
-        own = on_mesh_of(norm.norm, own)
+        own = on_mesh_of(norm.norm, own if jax.tree.leaves(own) else _initial(max_norm))
         threshold, new = max_norm.update(norm.norm, own, state.num_updates)
         check_same("The state that Threshold.update returned", new, own, dtypes=True)
         new = admitted(norm.norm, new, own) if jax.tree.leaves(own) else None

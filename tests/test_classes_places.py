@@ -150,14 +150,12 @@ def test_sparse_matrices_over_axes_have_the_norm_of_the_dense(
     mesh = oracle.mesh(*MESHES[types])
     dense = np.zeros((4, 8), np.float32)
     dense[:2] = np.arange(1.0, 17).reshape(2, 8)
-    matrix = format.fromdense(dense)
-    parts, treedef = jax.tree.flatten(matrix)
-    specs = [P("x") if len(part) % 4 == 0 else P() for part in parts]
-    parts = [
-        jax.device_put(part, NamedSharding(mesh, spec))
-        for part, spec in zip(parts, specs, strict=True)
-    ]
-    matrix = treedef.unflatten(parts)
+
+    def put(part):
+        spec = P("x") if len(part) % 4 == 0 else P()
+        return jax.device_put(part, NamedSharding(mesh, spec))
+
+    matrix = jax.tree.map(put, format.fromdense(dense))
     matrix.unique_indices = unique
     with setting(mesh, is_set):
         for ord in (2, 3, math.inf):
@@ -166,7 +164,40 @@ def test_sparse_matrices_over_axes_have_the_norm_of_the_dense(
             )
             expected = np.linalg.vector_norm(np.float64(dense), ord=ord)
             np.testing.assert_allclose(norm, expected, 1e-6)
-            np.testing.assert_allclose(clipped.data, parts[0] / expected, 2e-6)
+            np.testing.assert_allclose(clipped.data, matrix.data / expected, 2e-6)
+
+
+@each_mesh
+@pytest.mark.parametrize("size", [3e38, 5e19, 1.0, 2e-22, 0.0, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_leaves_that_are_constants_over_axes(dtype, size, types):
+    """XLA computes with the one number that a captured array, or a sum's slope, is."""
+    sharding = NamedSharding(oracle.mesh(*MESHES[types]), P("x"))
+    captured = jax.device_put(jnp.full(64, size, dtype), sharding)
+    beside = jax.device_put(np.zeros(8, np.float32), sharding)
+    norm = 8 * np.complex128(captured)[0].real
+    for leaf in (lambda: captured, lambda: jnp.full(64, size, dtype)):
+        clip = jax.jit(lambda b, leaf=leaf: clip_updates([leaf(), b], 1.0))
+        (clipped, _), found = clip(beside)
+        # Above the largest float32 it is inf.
+        np.testing.assert_allclose(found, math.inf if norm > 3.4e38 else norm, 1e-6)
+        scaled = min(size, 0.125) if math.isfinite(size) else math.nan
+        np.testing.assert_allclose(np.real(np.complex64(clipped)), scaled, 4e-3)
+
+
+@each_mesh
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_states_that_lie_on_no_mesh_are_taken_outside_jit(name, types):
+    mesh, tx = oracle.mesh(*MESHES[types]), TRANSFORMATIONS[name]()
+    leaf = jax.device_put(BATCH[0], NamedSharding(mesh, P("x")))
+    for elsewhere in (np.asarray, lambda x: jnp.asarray(np.asarray(x))):
+        state = jax.tree.map(elsewhere, tx.init(leaf))
+        for _ in range(2):
+            _, state = tx.update(leaf, state, leaf)
+        norm = np.linalg.vector_norm(
+            np.float64(BATCH[0]), ord=3 if name == "None" else 2
+        )
+        np.testing.assert_allclose(state.global_norm, norm, 1e-6)
 
 
 # --- Leaves without entries, and leaves whose sum is pending.
