@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.accelerators import cost, summary
+from benchmarks.cases import EVERY, PEERS
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-EVERY = ("none", "by hand", "optax", "ours", "z-score", "skip")
 Row = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def ratio_lines(compiled: dict[str, dict[str, Any]]) -> list[str]:
     for target, results in compiled.items():
         for rows in programs(results).values():
             ours = rows["ours"]
-            ratio = cost(ours) / min(cost(rows[who]) for who in ("by hand", "optax"))
+            ratio = cost(ours) / min(cost(rows[who]) for who in PEERS)
             cells = ratios.setdefault(ours["case"], {}).setdefault(target, [])
             cells.append(f"{ratio:.2f}")
     return [
@@ -82,13 +82,13 @@ def summary_lines(compiled: dict[str, dict[str, Any]]) -> list[str]:
 
 def detail_lines(compiled: dict[str, dict[str, Any]]) -> list[str]:
     """One line for each program of which every clip, or 70B on a mesh, is compiled."""
-    return [
-        _line([f"{target}: {name.removeprefix('added to ')}", *map(_cell, cells)])
-        for target, results in compiled.items()
-        for name, rows in programs(results).items()
-        for cells in ([rows.get(who) for who in EVERY],)
-        if "skip" in rows or "70B" in name
-    ]
+    lines = []
+    for target, results in compiled.items():
+        for name, rows in programs(results).items():
+            if "skip" in rows or "70B" in name:
+                title = f"{target}: {name.removeprefix('added to ')}"
+                lines.append(_line([title, *(_cell(rows.get(who)) for who in EVERY)]))
+    return lines
 
 
 def compare_lines(results: dict[str, Any]) -> list[str]:
