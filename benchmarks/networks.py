@@ -272,7 +272,8 @@ def experts(width: int = 256, count: int = 8, blocks: int = 1) -> Network:
         chosen = jax.nn.one_hot(shares.argmax(axis=-1), count, dtype=jnp.float32)
         place = (jnp.cumsum(chosen, axis=0) - 1) * chosen
         capacity = len(flat) // count
-        slots = jax.nn.one_hot(place.sum(axis=-1), capacity, dtype=x.dtype)
+        slot = place.sum(axis=-1).astype(jnp.int32)
+        slots = jax.nn.one_hot(slot, capacity, dtype=x.dtype)
         sent = chosen.astype(x.dtype)[:, :, None] * slots[:, None, :]
         inside = jnp.einsum("nec,nd->ecd", sent, flat)
         inside = jax.nn.gelu(jnp.einsum("ecd,edh->ech", inside, block["up"]))

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +10,9 @@ import optax
 
 from . import _cpu
 from ._checks import NonFinite, Numeric, as_ord, as_scalar, check_nonfinite
-from ._mesh import factor_of, has_mesh
-from ._norm import GlobalNorm, accumulator, divide, measure
-from ._reduce import either, wide
-from ._tree import AxisName, Leaf, split_updates, values_of, with_values
+from ._mesh import either, factor_of, has_mesh, zero_if
+from ._norm import GlobalNorm, divide, given_norm, measure
+from ._tree import AxisName, split_updates, values_of, wide, with_values
 
 
 class Clip(NamedTuple):
@@ -130,16 +128,7 @@ def clip_updates(
 # One call outside ``jit``.
 @functools.partial(jax.jit, static_argnames=("ord", "nonfinite"))
 def _clip_updates(leaves, norm, threshold, ord, nonfinite):
-    norm = measure(leaves, ord) if norm is None else norm
-    return clip_leaves(leaves, norm, threshold, nonfinite)
-
-
-def given_norm(leaves: Sequence[Leaf], use_norm: Any) -> GlobalNorm | None:
-    """The norm that the user has given, if any."""
-    if use_norm is None:
-        return None
-    use_norm = as_scalar("use_norm", use_norm, nan_allowed=True)
-    return GlobalNorm.of(use_norm, accumulator(leaves))
+    return clip_leaves(leaves, measure(leaves, ord, norm), threshold, nonfinite)
 
 
 def clip_leaves(leaves, norm, threshold, nonfinite) -> tuple[list[Any], Clip]:
@@ -206,7 +195,7 @@ def _scaled_jvp(primals, tangents):
     def tangent(x: jax.Array, dot: jax.Array) -> jax.Array:
         to = wide(x, scale.dtype)
         if zero is not None:
-            x, dot = (jnp.where(zero, jnp.zeros_like(y), y) for y in (x, dot))
+            x, dot = zero_if(zero, x), zero_if(zero, dot)
         factors = (factor_of(x, f.astype(to)) for f in (shift, scale, slope))
         shift_, scale_, slope_ = factors
         turned = divide(x.astype(to), norm) * slope_
@@ -258,5 +247,4 @@ def _product(value, shift, scale, zero):
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
     product = jax.lax.select(scale == 1, value, product)
-    zeros = jnp.zeros_like(product)
-    return product if zero is None else jnp.where(zero, zeros, product)
+    return product if zero is None else zero_if(zero, product)

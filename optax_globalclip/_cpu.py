@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mesh import has_mesh
-from ._reduce import ADDENDS, Range, add, either, groups_of, real_parts
+from ._mesh import either, has_mesh
+from ._reduce import ADDENDS, Range, add, groups_of, real_parts
 from ._tree import Leaf
 
 # The dtypes whose squares XLA on CPU fuses into their sum.

@@ -94,6 +94,17 @@ def laid_out_like(array: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, wanted)
 
 
+def either(condition: jax.Array, one: float, other: float, dtype: Any) -> jax.Array:
+    """One of two numbers. JAX cannot vmap a selection of two over an explicit axis."""
+    rest = (~condition).astype(dtype) * other
+    return jnp.where(condition, jnp.array(one, dtype), rest)
+
+
+def zero_if(condition: jax.Array, array: jax.Array) -> jax.Array:
+    """Zeros, else the array; in this order JAX can vmap it over an explicit axis."""
+    return jnp.where(condition, jnp.zeros_like(array), array)
+
+
 def placed(tree: Any, params: Any) -> Any:
     """The tree on every device of the mesh that the parameters lie on, or on their one.
 

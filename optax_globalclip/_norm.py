@@ -15,9 +15,9 @@ import optax
 from jax import lax
 
 from . import _cpu
-from ._checks import Scalar, as_ord
-from ._mesh import Axes, factor_of, reduced
-from ._reduce import Range, add, either, hidden, real_parts, root_of_squares, two_sums
+from ._checks import Numeric, as_ord, as_scalar
+from ._mesh import Axes, either, factor_of, reduced, zero_if
+from ._reduce import Range, add, hidden, real_parts, root_of_squares, two_sums
 from ._tree import AxisName, Leaf, is_float0, matrix_values, split_updates
 
 
@@ -149,7 +149,7 @@ class GlobalNorm(NamedTuple):
     unit: jax.Array
 
     @classmethod
-    def of(cls, norm: Scalar, dtype: jnp.dtype) -> "GlobalNorm":
+    def of(cls, norm: Numeric, dtype: jnp.dtype) -> "GlobalNorm":
         """A norm that is given as one float."""
         norm = jnp.asarray(norm, dtype)
         constant, large = lax.stop_gradient(norm), 1 / Range.of(dtype).shrink
@@ -185,7 +185,7 @@ def divide(array: jax.Array, norm: GlobalNorm) -> jax.Array:
     """
     quotient = over(array, norm.as_divisor())
     usable = jnp.isfinite(norm.value) & (norm.value > 0)
-    return jnp.where(usable, quotient, jnp.zeros_like(quotient))
+    return zero_if(~usable, quotient)
 
 
 @divide.defjvp
@@ -197,8 +197,12 @@ def _divide_jvp(primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnames="ord")
-def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
-    """The global norm of the leaves."""
+def measure(
+    leaves: list[Leaf], ord: float, given: GlobalNorm | None = None
+) -> GlobalNorm:
+    """The global norm of the leaves, unless one is given."""
+    if given is not None:
+        return given
     dtype = accumulator(leaves)
     if not leaves:
         return GlobalNorm.of(0.0, dtype)
@@ -208,6 +212,14 @@ def measure(leaves: list[Leaf], ord: float) -> GlobalNorm:
             for leaf in leaves
         ]
         return _two_norm(leaves) if ord == 2 else _p_norm(ord, leaves)
+
+
+def given_norm(leaves: list[Leaf], use_norm: Numeric | None) -> GlobalNorm | None:
+    """The norm that the user has given, if any."""
+    if use_norm is None:
+        return None
+    norm = as_scalar("use_norm", use_norm, nan_allowed=True)
+    return GlobalNorm.of(norm, accumulator(leaves))
 
 
 def accumulator(leaves: Sequence[Leaf]) -> jnp.dtype:
@@ -269,7 +281,7 @@ def _p_norm_jvp(ord, primals, tangents):
     norm = _p_norm(ord, *primals)
     # If the norm is not finite, its derivative is 0.
     finite = jnp.isfinite(norm.value)
-    leaves = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), *primals)
+    leaves = jax.tree.map(lambda x: zero_if(~finite, x), *primals)
     scale = _largest(leaves).as_divisor()
     shares = jax.tree.map(lambda x: _share(x, scale), leaves)
     if ord == math.inf:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._mesh import is_local
+from ._mesh import either, is_local
 
 # The most entries that the ranges below allow for, as a power of two.
 _ENTRIES = 40
@@ -121,12 +121,6 @@ def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
     return lax.optimization_barrier(scalars)
 
 
-def either(condition: jax.Array, one: float, other: float, dtype: Any) -> jax.Array:
-    """One of two numbers. JAX cannot vmap a selection of two over an explicit axis."""
-    rest = (~condition).astype(dtype) * other
-    return jnp.where(condition, jnp.array(one, dtype), rest)
-
-
 def groups_of(
     arrays: Sequence[jax.Array], key: Callable[[jax.Array], Hashable], most: int
 ) -> list[list[jax.Array]]:
@@ -153,10 +147,3 @@ def real_parts(array: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     """Real and imaginary part, or the real array itself, cast to ``dtype``."""
     parts = (array.real, array.imag) if jnp.iscomplexobj(array) else (array,)
     return tuple(part.astype(dtype) for part in parts)
-
-
-def wide(array: jax.Array, accumulator: jnp.dtype) -> jnp.dtype:
-    """The dtype to compute with an array in: the accumulator's, complex if it is."""
-    if not jnp.iscomplexobj(array):
-        return accumulator
-    return jnp.dtype(f"complex{2 * jnp.finfo(accumulator).bits}")

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from ._checks import as_count, as_ord, check_same, exported
-from ._clip import clip_leaves, given_norm
-from ._mesh import laid_out_like, on_mesh_of
+from ._clip import clip_leaves
+from ._mesh import laid_out_like, on_mesh_of, zero_if
 from ._norm import measure
 from ._threshold import MaxNorm, ThresholdState, as_max_norm, begin, next_threshold
 from ._transform import count_if
@@ -152,9 +152,8 @@ def skip_by_global_norm(
         own = state._replace(threshold_state=None, inner_state=())
         check_same("state", own, _BEFORE)
         leaves, join = split_updates(updates, axis_name)
-        norm = given_norm(leaves, extra_args.get("use_norm"))
         norm, threshold, threshold_state = next_threshold(
-            max_norm, leaves, norm, order, state
+            max_norm, leaves, extra_args.get("use_norm"), order, state
         )
         taken, own = _judge(leaves, norm, threshold, own, order, max_consecutive_skips)
         updates, old = join([leaf.array for leaf in leaves]), state.inner_state
@@ -205,7 +204,7 @@ def _restored(node: Any, like: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="ord")
 def _judge(leaves, norm, threshold, state, ord, max_consecutive_skips):
     """Judges as a clip does, and measures unless a threshold needed the norm before."""
-    norm = measure(leaves, ord) if norm is None else norm
+    norm = measure(leaves, ord, norm)
     _, clip = clip_leaves([], norm, threshold, "nan")
     state = on_mesh_of(clip.norm, state)
     above = clip.clipped
@@ -230,7 +229,7 @@ def _select(taken, updates, new_state, state):
         values = values_of(update)
         if is_float0(values):
             return update
-        return with_values(update, jnp.where(taken, values, jnp.zeros_like(values)))
+        return with_values(update, zero_if(~taken, values))
 
     def new_or_old(new: Any, old: Any) -> jax.Array:
         old = jnp.asarray(old)

@@ -11,7 +11,7 @@ import optax
 
 from ._checks import Numeric, as_count, as_scalar, check_same, exported, unwrapped
 from ._mesh import on_mesh_of, placed
-from ._norm import measure
+from ._norm import given_norm, measure
 
 # The longest span of moving averages that a change of level is waited for.
 _LONGEST_SPAN = 2000.0
@@ -79,14 +79,15 @@ def begin(before: Any, max_norm: MaxNorm | None, params: Any) -> Any:
     return placed(before._replace(threshold_state=own), params)
 
 
-def next_threshold(max_norm, leaves, norm, ord, state) -> tuple[Any, Any, Any]:
+def next_threshold(max_norm, leaves, use_norm, ord, state) -> tuple[Any, Any, Any]:
     """The norm as it is to be judged, the threshold, and the threshold's new state.
 
-    Measures, unless the norm is given, if the threshold needs it. A :class:`Threshold`
-    works in float32, so its norm is judged in float32.
+    Measures if the threshold needs it, unless the user gives a norm. A
+    :class:`Threshold` works in float32, so its norm is judged in float32.
     """
+    norm = given_norm(leaves, use_norm)
     if isinstance(max_norm, Threshold):
-        norm = measure(leaves, ord) if norm is None else norm
+        norm = measure(leaves, ord, norm)
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))
         own = state.threshold_state
         own = on_mesh_of(norm.norm, own if jax.tree.leaves(own) else _initial(max_norm))
@@ -370,4 +371,5 @@ def _quantile_step(norm, state, below, share, warmup_steps):
 
 def _entry(array: jax.Array, i: jax.Array) -> jax.Array:
     """``array[i]``, selected: JAX cannot vmap an index over an explicit axis."""
-    return jnp.sum(jnp.where(jnp.arange(array.size) == i, array, 0))
+    here = jnp.arange(array.size, dtype=i.dtype) == i
+    return jnp.sum(jnp.where(here, array, 0), dtype=array.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from ._checks import NonFinite, Numeric, as_ord, check_nonfinite, check_same, exported
-from ._clip import check_finite, clip_leaves, given_norm
+from ._clip import check_finite, clip_leaves
 from ._mesh import on_mesh_of
 from ._norm import measure
 from ._threshold import MaxNorm, ThresholdState, as_max_norm, begin, next_threshold
@@ -135,7 +135,7 @@ def clip_by_global_norm(
         check_same("state", own, _BEFORE)
         leaves, join = split_updates(updates, axis_name)
         norm, threshold, threshold_state = next_threshold(
-            max_norm, leaves, given_norm(leaves, use_norm), order, state
+            max_norm, leaves, use_norm, order, state
         )
         arrays, clip, own = _clip(leaves, norm, threshold, own, order, nonfinite)
         check_finite(clip, nonfinite)
@@ -150,7 +150,7 @@ def _clip(leaves, norm, threshold, state, ord, nonfinite):
 
     Outside ``jit`` an update by a number or a schedule is this one call.
     """
-    norm = measure(leaves, ord) if norm is None else norm
+    norm = measure(leaves, ord, norm)
     arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
     state = on_mesh_of(clip.norm, state)
     state = state._replace(

@@ -13,7 +13,6 @@ import optax
 
 from ._checks import described, unwrapped
 from ._mesh import Axes, is_typed, varying_axes, whole
-from ._reduce import wide
 
 # The third is a tree prefix.
 AxisName: TypeAlias = str | Axes | Iterable[Any] | None
@@ -123,6 +122,13 @@ def matrix_values(array: Any, dtype: jnp.dtype) -> jax.Array:
     matrix = BCOO((data, indices), shape=matrix.shape)
     # Not the method ``sum_duplicates``: it drops zeros, and with them their derivative.
     return bcoo_sum_duplicates(matrix, nse=matrix.nse).data
+
+
+def wide(array: jax.Array, accumulator: jnp.dtype) -> jnp.dtype:
+    """The dtype to compute with an array in: the accumulator's, complex if it is."""
+    if not jnp.iscomplexobj(array):
+        return accumulator
+    return jnp.dtype(f"complex{2 * jnp.finfo(accumulator).bits}")
 
 
 def is_float0(leaf: object) -> bool:
