@@ -134,12 +134,10 @@ def clip_by_global_norm(
         own = state._replace(threshold_state=None)
         check_same("state", own, _BEFORE)
         leaves, join = split_updates(updates, axis_name)
-        norm, threshold, threshold_state = next_threshold(
-            max_norm, leaves, use_norm, order, state
-        )
+        norm, threshold, new = next_threshold(max_norm, leaves, use_norm, order, state)
         arrays, clip, own = _clip(leaves, norm, threshold, own, order, nonfinite)
         check_finite(clip, nonfinite)
-        return join(arrays), own._replace(threshold_state=threshold_state)
+        return join(arrays), own._replace(threshold_state=new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
