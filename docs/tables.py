@@ -35,6 +35,17 @@ def measured_lines(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def every_clip_lines(results: dict[str, Any]) -> list[str]:
+    """One line for each step in which an adaptive threshold was timed too."""
+    whose, lines = ("ours", "z-score", "skip"), []
+    for name, rows in programs(results).items():
+        if "z-score" in rows:
+            found = [rows.get(who) for who in whose]
+            memory = [_memory(row) for row in found if row]
+            lines.append(_line([name, *map(_time, found), " / ".join(memory)]))
+    return lines
+
+
 def compiled() -> dict[str, dict[str, Any]]:
     """The results for each accelerator that has been compiled for."""
     files = sorted(RESULTS.glob("compiled-*.json"))
@@ -98,12 +109,13 @@ def compare_lines(results: dict[str, Any]) -> list[str]:
 
 def _measured(name: str, rows: dict[str, Row]) -> str:
     ours = rows["ours"]
-    times = [_time(rows.get(who)) for who in ("one read", "by hand", "optax", "ours")]
     low, high = ours["ratio_quartiles"]
-    memory = [rows[who]["temporary_mb"] for who in ("optax", "ours")]
-    both = "" if None in memory else " → ".join(f"{m:.3g}" for m in memory) + " MB"
-    ratio = f"{ours['ratio']:.2f} ({low:.2f} to {high:.2f})"
-    return _line([name, *times, ratio, both])
+    noise = high - low > 0.5
+    whose = ("one read", "by hand", "optax", "ours")
+    times = ["–" if noise else _time(rows.get(who)) for who in whose]
+    both = " → ".join(_memory(rows[who]) for who in ("optax", "ours"))
+    ratio = "noise" if noise else f"{ours['ratio']:.2f}"
+    return _line([name, *times, f"{ratio} ({low:.2f} to {high:.2f})", both])
 
 
 def _built(name: str, rows: dict[str, Row]) -> str:
@@ -118,6 +130,11 @@ def _time(row: Row | None) -> str:
         return ""
     added = row["added_milliseconds"]
     return f"{row['milliseconds'] if added is None else added:.3g} ms"
+
+
+def _memory(row: Row) -> str:
+    megabytes = row["temporary_mb"]
+    return "–" if megabytes is None else f"{megabytes:.3g} MB"
 
 
 def _cell(row: Row | None) -> str:
@@ -136,7 +153,9 @@ def _line(cells: Iterable[str]) -> str:
 def main() -> None:
     """Prints every table's rows under the name of their file."""
     print("compare.json", *compare_lines(read("compare")), sep="\n", end="\n\n")
-    print("cpu-2-cores.json", *measured_lines(read("cpu-2-cores")), sep="\n")
+    cpu = read("cpu-2-cores")
+    print("cpu-2-cores.json", *measured_lines(cpu), sep="\n", end="\n\n")
+    print(*every_clip_lines(cpu), sep="\n", end="\n\n")
     for lines in (summary_lines, ratio_lines, detail_lines):
         print(*lines(compiled()), sep="\n", end="\n\n")
 

@@ -114,7 +114,6 @@ def placed(tree: Any, params: Any) -> Any:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
             place = leaf.sharding
             if isinstance(place, NamedSharding):
-                # As many dimensions as the leaf: of such a type an update returns it.
                 places = jax.tree.map(functools.partial(_replicated, place.mesh), tree)
                 return jax.device_put(tree, places)
             if leaf.committed and len(place.device_set) == 1:
@@ -123,7 +122,9 @@ def placed(tree: Any, params: Any) -> Any:
 
 
 def _replicated(mesh: Any, array: Any) -> NamedSharding:
-    return NamedSharding(mesh, P(*[None] * jnp.ndim(array)))
+    """On every device, in the words in which an update returns it."""
+    dimensions = jnp.ndim(array) if AxisType.Explicit in mesh.axis_types else 0
+    return NamedSharding(mesh, P(*[None] * dimensions))
 
 
 def has_mesh(array: jax.Array) -> bool:
@@ -132,8 +133,9 @@ def has_mesh(array: jax.Array) -> bool:
 
 
 def is_local(array: jax.Array) -> bool:
-    """Whether the array lies on one device, or is one device's shard."""
-    return set(jax.typeof(array).sharding.mesh.axis_types) <= {AxisType.Manual}
+    """Whether the array is on one device, is a shard, or is whole on every device."""
+    own = jax.typeof(array).sharding
+    return AxisType.Auto not in own.mesh.axis_types and own.is_fully_replicated
 
 
 def _manual_axes(array: Any, kind: str) -> Axes:
