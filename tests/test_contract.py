@@ -342,7 +342,7 @@ ROWS = [
         INSIDE,
         [9, 1],
         [(0, 0), (0.6, 0.8)],
-        {"skip_fraction": 0.5},
+        {"skip/skip_fraction": 0.5},
     ),
     ("skip_by_global_norm", optax.chain(CLIP, BEFORE), [9], [(0.6, 0.8)], {}),
 ]

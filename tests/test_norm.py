@@ -65,7 +65,7 @@ def fillings(shapes, dtype):
 def test_norm_of_any_size(size, dtype):
     function = jax.jit(global_norm)
     for filling in fillings(SIZES[size], dtype):
-        tree = [x.astype(jnp.dtype(dtype)) for x in filling]
+        tree = [np.array(x, jnp.dtype(dtype)) for x in filling]
         if dtype == "complex64":
             for leaf in tree:
                 leaf.imag = np.roll(leaf.real, 1)
