@@ -7,7 +7,7 @@ sums of squares of the 2-norm are in ``_reduce``, and in ``_cpu`` for one CPU.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -197,9 +197,7 @@ def _divide_jvp(primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnames="ord")
-def measure(
-    leaves: list[Leaf], ord: float, given: GlobalNorm | None = None
-) -> GlobalNorm:
+def measure(leaves: list[Leaf], ord: float, given: Any = None) -> GlobalNorm:
     """The global norm of the leaves, unless one is given."""
     if given is not None:
         return given
@@ -316,6 +314,7 @@ def _largest(leaves: list[Leaf]) -> GlobalNorm:
     return GlobalNorm.scaled(larger, norm.unit)
 
 
+@jax.jit
 def _share(array: jax.Array, scale: GlobalNorm) -> jax.Array:
     """The moduli of the entries, divided by the scale, a constant."""
     return _modulus([over(x, scale) for x in real_parts(array, scale.value.dtype)])
