@@ -82,7 +82,7 @@ def test_notebook_is_short_asserts_shows_its_outputs_and_runs(path, tmp_path):
         cell.outputs, cell.execution_count = [], None
     resources = {"metadata": {"path": str(tmp_path)}}
     client = nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources=resources
+        notebook, timeout=600, kernel_name="python3", resources=resources
     )
     client.execute()
     assert all(cell.execution_count for cell in code_cells(notebook))
