@@ -112,7 +112,7 @@ def check_same(who: str, new: Any, old: Any, *, dtypes: bool = False) -> None:
         raise ValueError(f"{who} is {structure}, but was {old_structure}. {remedy}")
     for (path, leaf), before in zip(leaves, old_leaves, strict=True):
         typed = hasattr(leaf, "dtype") and not getattr(leaf, "weak_type", False)
-        other = typed and dtypes and leaf.dtype != jnp.result_type(before)
+        other = typed and dtypes and jnp.result_type(leaf) != jnp.result_type(before)
         if other or not is_array(leaf) or np.shape(leaf) != np.shape(before):
             raise (ValueError if is_array(leaf) and not other else TypeError)(
                 f"{who}{jax.tree_util.keystr(path)} is {described(leaf)}, but was "
@@ -138,6 +138,6 @@ def described(value: Any) -> str:
 def _is_real(value: Any) -> bool:
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
-    # A timedelta64 is an integer to NumPy.
-    kinds = () if value.dtype.kind == "m" else (jnp.floating, jnp.integer)
-    return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    # A timedelta64 is an integer to NumPy, and a key's dtype has no kind.
+    is_integer = jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.kind != "m"
+    return is_integer or jnp.issubdtype(value.dtype, jnp.floating)
