@@ -372,7 +372,7 @@ def test_any_matrix_of_a_form(form, dtype):
         # Values that cancel leave the rounding errors of their sum.
         rounding = 1e-6 * float(np.abs(_wide(matrix.data)).sum())
         np.testing.assert_allclose(norms, expected, 2e-6, rounding)
-        scaled = _wide(matrix.data) * min(1, float(max_norm) / (expected or 1))
+        scaled = _wide(matrix.data) * min(1, float(max_norm) / (expected or max_norm))
         tolerance = oracle.eps(matrix.data) + 1e-4
         np.testing.assert_allclose(_wide(clipped.data), scaled, tolerance, 1e-7)
 
