@@ -138,9 +138,11 @@ def test_leaf_adds_few_equations_and_lines_to_the_program(ord, dtype):
 
 @pytest.mark.slow
 def test_many_small_leaves_take_few_reductions():
-    tree = [abstract((1000,))] * 2000
-    for compiled in (compiled_clip(tree), jax.jit(global_norm).lower(tree).compile()):
-        assert len(re.findall(r" reduce\(", compiled.as_text())) < 100
+    whole = NamedSharding(oracle.mesh(AxisType.Explicit), P())
+    for place, most in ((None, 100), (whole, 150)):
+        tree = [abstract((1000,), sharding=place)] * 2000
+        for each in (compiled_clip(tree), jax.jit(global_norm).lower(tree).compile()):
+            assert len(re.findall(r" reduce\(", each.as_text())) < most
 
 
 def test_factors_are_not_worked_out_in_the_kernel_of_every_leaf():
@@ -309,5 +311,4 @@ def test_accelerators_get_no_control_flow_and_no_detours(platform, tx):
 def test_no_branch_and_so_no_collective_in_one_on_a_mesh(mode, ord):
     # Devices that disagree on the condition would wait for each other for ever.
     text = lowered_on_a_mesh(mode, ours(1.0, ord=ord)).as_text()
-    assert num_branches(text) == 0
-    assert "stablehlo.while" not in text
+    assert (num_branches(text), text.count("stablehlo.while")) == (0, 0)
