@@ -102,7 +102,7 @@ def either(condition: jax.Array, one: float, other: float, dtype: Any) -> jax.Ar
 
 def zero_if(condition: jax.Array, array: jax.Array) -> jax.Array:
     """Zeros, else the array; in this order JAX can vmap it over an explicit axis."""
-    return jnp.where(condition, jnp.zeros_like(array), array)
+    return lax.select(condition, jnp.zeros_like(array), array)
 
 
 def placed(tree: Any, params: Any) -> Any:

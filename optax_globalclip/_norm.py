@@ -77,8 +77,9 @@ def global_norm(
       complex128, whatever the dtypes of the leaves.
     * The norm is right for every tree of finite entries of at least 5e-23, even if
       their squares overflow. Smaller entries may count as 0, and a norm below 2e-13 of
-      many such entries may be less precise. On one CPU device every normal norm is
-      right. (float64 accumulators: as far from the ends of their range.)
+      many such entries may be less precise. On one CPU device, without a mesh, every
+      normal 2-norm is right. (float64 accumulators: as far from the ends of their
+      range.)
     * It is the norm of whole leaves however they are sharded. A NaN on one device is
       never lost.
     * It can be differentiated twice. Its gradient at zero is zero.

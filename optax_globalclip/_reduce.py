@@ -30,7 +30,7 @@ class Range(NamedTuple):
 
     Attributes:
       floor: the least sum that is trusted. If a tree has at most 2**40 entries, the
-        squares that underflowed change such a sum by less than its rounding.
+        squares that underflowed change such a sum by less than four roundings.
       shrink: a sum of squares of entries times this does not overflow.
       grow: a sum of squares of entries times this is trusted up to where that of the
         shrunk entries begins to be.
@@ -46,7 +46,7 @@ class Range(NamedTuple):
     def of(cls, dtype: jnp.dtype) -> "Range":
         """The range of float32 or float64."""
         info = jnp.finfo(dtype)
-        floor = int(info.minexp) + int(info.nmant) + _ENTRIES
+        floor = int(info.minexp) + int(info.nmant) + _ENTRIES - 2
         return cls(
             floor=2.0**floor,
             shrink=2.0 ** -((int(info.maxexp) + _ENTRIES) // 2),
