@@ -315,6 +315,7 @@ def _largest(leaves: list[Leaf]) -> GlobalNorm:
     return GlobalNorm.scaled(larger, norm.unit)
 
 
+# Traced once for leaves of one type, as the power.
 @jax.jit
 def _share(array: jax.Array, scale: GlobalNorm) -> jax.Array:
     """The moduli of the entries, divided by the scale, a constant."""
@@ -337,6 +338,7 @@ def _signs(parts: Sequence[jax.Array]) -> list[jax.Array]:
     return [part / jnp.where(modulus == 0, 1, modulus) for part in parts]
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _power(x: jax.Array, exponent: float) -> jax.Array:
     """``x ** exponent`` for x >= 0; 0, inf and NaN stay, and have no slope."""
     if exponent in (0, 1):

@@ -150,8 +150,7 @@ def _clip(leaves, norm, threshold, state, ord, nonfinite):
     """
     norm = measure(leaves, ord, norm)
     arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
-    state = on_mesh_of(clip.norm, state)
-    state = state._replace(
+    state = on_mesh_of(clip.norm, state)._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
         threshold=clip.threshold.astype(jnp.float32),

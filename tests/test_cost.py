@@ -107,7 +107,7 @@ def test_clip_in_place_holds_no_copy(dtype):
 @fuses_sums
 @dtypes
 def test_skip_adds_no_temporary(dtype, optax_promotes):
-    params = [abstract((1000 + i, 1024), dtype) for i in range(8)]
+    params = [abstract((1000 + i, 1024), dtype) for i in range(16)]
     plain = optax.chain(CLIP, optax.adamw(1e-3))
     guarded = skip_by_global_norm(plain, zscore_threshold(6.0))
     most = temporary(compiled_step(plain, params, donate=())) + 1000
@@ -133,7 +133,7 @@ def test_leaf_adds_few_equations_and_lines_to_the_program(ord, dtype):
     # For the 2-norm what is done to leaves of one type is traced and lowered once.
     equations, lines = (length(320) - length(160)) / 160
     assert equations < (4 if ord == 2 else 40)
-    assert lines < (3 if ord == 2 else 41)
+    assert lines < (3 if ord == 2 else 40)
 
 
 @pytest.mark.slow

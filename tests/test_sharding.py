@@ -182,6 +182,7 @@ def test_norm_and_updates(layout, ord, nonfinite, dtype):
     @given(st.lists(st.integers(-60, 127), min_size=16, max_size=16))
     @example([0] * 16)
     @example([127] + [-60] * 15)
+    @example([-60] * 16)
     @example([-75] * 16)
     @example([100] * 16)
     def check(exponents):
