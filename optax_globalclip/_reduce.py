@@ -34,13 +34,11 @@ class Range(NamedTuple):
       shrink: a sum of squares of entries times this does not overflow.
       grow: a sum of squares of entries times this is trusted up to where that of the
         shrunk entries begins to be.
-      most: the most that a grown entry counts as. A sum of its square is not trusted.
     """
 
     floor: float
     shrink: float
     grow: float
-    most: float
 
     @classmethod
     def of(cls, dtype: jnp.dtype) -> "Range":
@@ -51,7 +49,6 @@ class Range(NamedTuple):
             floor=2.0**floor,
             shrink=2.0 ** -((int(info.maxexp) + _ENTRIES) // 2),
             grow=2.0 ** ((-floor - _ENTRIES - 1) // 2),
-            most=2.0 ** (int(info.maxexp) / 2 - 0.25),
         )
 
 
@@ -90,26 +87,23 @@ def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
 def _two_sums(alike, shrink, grow, together):
     """``two_sums`` of arrays that can be added entry by entry on each device."""
     parts = [part for array in alike for part in real_parts(array, grow.dtype)]
-    largest = float(jnp.finfo(grow.dtype).max)
     if not together:
-        sums = (jnp.sum(_squares(parts, x, largest)) for x in (shrink, grow))
-        return lax.complex(*sums)
-    # What is grown is limited, so that only a sum of finite squares is infinite: of an
-    # array that is broadcast XLA makes a product of complex numbers, in which inf * 0
-    # is NaN.
-    parts = [*map(jnp.abs, parts)]
-    grown = _squares(parts, grow, Range.of(grow.dtype).most)
-    return jnp.sum(lax.complex(_squares(parts, shrink, largest), grown))
+        return lax.complex(*(jnp.sum(_squares(parts, x)) for x in (shrink, grow)))
+    # What is grown is limited, so that only a sum over entries is infinite: of an array
+    # that is broadcast XLA makes a product of complex numbers, in which inf * 0 is NaN.
+    grown = jnp.minimum(_squares(parts, grow), float(jnp.finfo(grow.dtype).max))
+    return jnp.sum(lax.complex(_squares(parts, shrink), grown))
 
 
-def _squares(parts, factor, most):
-    """The squares of the parts, each times the factor and at most so much; added.
+def _squares(parts, factor):
+    """The squares of the parts, each times the factor; added.
 
     XLA makes ``(x * x) * (factor * factor)`` of a plain square of an array that is
     broadcast, and both may leave the range: https://github.com/jax-ml/jax/issues/37919
     A minimum prevents it. The largest float leaves each square what it is.
     """
-    return add([jnp.square(jnp.minimum(part * factor, most)) for part in parts])
+    largest = float(jnp.finfo(factor.dtype).max)
+    return add([jnp.square(jnp.minimum(part * factor, largest)) for part in parts])
 
 
 def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
