@@ -150,7 +150,8 @@ def _clip(leaves, norm, threshold, state, ord, nonfinite):
     """
     norm = measure(leaves, ord, norm)
     arrays, clip = clip_leaves(leaves, norm, threshold, nonfinite)
-    state = on_mesh_of(clip.norm, state)._replace(
+    state = on_mesh_of(clip.norm, state)
+    state = state._replace(
         global_norm=clip.norm.astype(jnp.float32),
         clip_scale=clip.scale.astype(jnp.float32),
         threshold=clip.threshold.astype(jnp.float32),
@@ -163,4 +164,5 @@ def _clip(leaves, norm, threshold, state, ord, nonfinite):
 
 def count_if(happened: jax.Array | bool, counter: jax.Array) -> jax.Array:
     """The counter, incremented if it happened; it saturates."""
+    counter = jnp.asarray(counter, jnp.int32)  # whatever has restored it
     return jnp.where(happened, optax.safe_increment(counter), counter)
