@@ -118,7 +118,8 @@ def placed(tree: Any, params: Any) -> Any:
                 return jax.device_put(tree, places)
             if leaf.committed and len(place.device_set) == 1:
                 return jax.device_put(tree, *place.device_set)
-    return jax.device_put(tree)
+    # Not device_put, of which JAX's vmap makes no array over the explicit axis.
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def _replicated(mesh: Any, array: Any) -> NamedSharding:
@@ -143,7 +144,8 @@ def _manual_axes(array: Any, kind: str) -> Axes:
     if not isinstance(array, Tracer):
         return ()
     aval = jax.typeof(array)
-    # jax 0.10 moved ``vma`` into ``mat``; older releases have the former only.
     if hasattr(aval, "mat"):
         return tuple(sorted(getattr(aval.mat, kind)))
-    return tuple(sorted(aval.vma)) if kind == "varying" else ()
+    # Before JAX 0.10 the type has the former only, and the sharding has the latter.
+    manual = aval.sharding.spec.unreduced & set(aval.sharding.mesh.manual_axes)
+    return tuple(sorted(aval.vma if kind == "varying" else manual))

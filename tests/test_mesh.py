@@ -262,7 +262,6 @@ def test_skip_keeps_an_inner_state_that_is_laid_out_otherwise():
 # --- Sums that were put off.
 
 
-@recent
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 @pytest.mark.parametrize("ord", [2, 3, math.inf])
 def test_unreduced_leaf_in_shard_map(dtype, ord):
@@ -272,6 +271,8 @@ def test_unreduced_leaf_in_shard_map(dtype, ord):
     def clip(parts, whole):
         put_off = jax.lax.pcast(parts[0], "x", to="unreduced")
         tree = {"put off": put_off, "whole": whole}
+        if not oracle.RECENT_JAX:  # It cannot scale an unreduced leaf.
+            return whole, global_norm(tree, ord=ord)
         clipped, norm = clip_updates(tree, 1.0, ord=ord)
         assert jax.typeof(clipped["put off"]) == jax.typeof(put_off)
         return {**clipped, "put off": jax.lax.psum(clipped["put off"], "x")}, norm
@@ -284,9 +285,10 @@ def test_unreduced_leaf_in_shard_map(dtype, ord):
     tree = {"put off": total, "whole": np.asarray(whole)}
     rounding = 4 * oracle.eps(parts)  # Of four parts, each clipped and rounded.
     np.testing.assert_allclose(norm, oracle.norm(tree, ord), rounding)
-    expected = oracle.clipped(tree, 1.0, ord)["put off"]
-    actual = np.asarray(clipped["put off"]).astype(np.complex128)
-    np.testing.assert_allclose(actual, expected, rounding, rounding / 10)
+    if oracle.RECENT_JAX:
+        expected = oracle.clipped(tree, 1.0, ord)["put off"]
+        actual = np.asarray(clipped["put off"]).astype(np.complex128)
+        np.testing.assert_allclose(actual, expected, rounding, rounding / 10)
 
 
 @recent
