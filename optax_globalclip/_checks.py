@@ -103,7 +103,7 @@ def check_same(who: str, new: Any, old: Any, *, dtypes: bool = False) -> None:
       who: what the new state is.
       new: the new state.
       old: the state before.
-      dtypes: whether dtypes count; those of weakly typed numbers never do.
+      dtypes: whether dtypes count. A weakly typed number takes that of before.
     """
     remedy = "Its structure, shapes and dtypes must stay those that init returned."
     leaves, structure = jax.tree.flatten_with_path(new)
@@ -111,13 +111,18 @@ def check_same(who: str, new: Any, old: Any, *, dtypes: bool = False) -> None:
     if structure != old_structure:
         raise ValueError(f"{who} is {structure}, but was {old_structure}. {remedy}")
     for (path, leaf), before in zip(leaves, old_leaves, strict=True):
-        typed = hasattr(leaf, "dtype") and not getattr(leaf, "weak_type", False)
-        other = typed and dtypes and jnp.result_type(leaf) != jnp.result_type(before)
-        if other or not is_array(leaf) or np.shape(leaf) != np.shape(before):
-            raise (ValueError if is_array(leaf) and not other else TypeError)(
+        retyped = dtypes and is_array(leaf) and _retypes(leaf, before)
+        if retyped or not is_array(leaf) or np.shape(leaf) != np.shape(before):
+            raise (ValueError if is_array(leaf) and not retyped else TypeError)(
                 f"{who}{jax.tree_util.keystr(path)} is {described(leaf)}, but was "
                 f"{described(before)}. {remedy}"
             )
+
+
+def _retypes(leaf: Any, before: Any) -> bool:
+    weak = not hasattr(leaf, "dtype") or getattr(leaf, "weak_type", False)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(leaf, *[before] * weak) != jnp.result_type(before)
 
 
 def is_array(leaf: Any) -> bool:

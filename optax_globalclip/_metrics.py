@@ -28,7 +28,8 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         :func:`skip_by_global_norm` in it.
 
     Returns:
-      float32 scalars. Of a clip, under the names
+      float32 scalars; arrays of a state that ``jax.vmap`` made. Of a clip, under the
+      names
 
       * ``global_norm``: the norm of the last update, before the clip,
       * ``clipped_norm``: the norm after it,
@@ -49,7 +50,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       are those of the last step that was taken.
 
     Raises:
-      TypeError: for a field that is no scalar.
+      TypeError: for a field that is no number.
       ValueError: if there is no such state.
 
     Example:

@@ -43,9 +43,11 @@ def global_norm(
         for the largest modulus; None for the 2-norm. It is static.
       axis_name: for ``pmap``, and ``shard_map`` with ``check_vma=False``: the mesh axes
         over which leaves are sharded, as a name, a tuple of names, or a tree prefix of
-        them; ``()`` for leaves that every device holds whole. If None is passed there,
-        all leaves count as whole. Under ``vmap``: the name, for one norm of all
-        examples. Elsewhere the types of the leaves say how they are sharded.
+        them; ``()`` for leaves that every device holds whole. (For a tuple of two
+        leaves pass ``(("x",), ("y",))``, as ``("x", "y")`` is a tuple of names.) If
+        None is passed there, all leaves count as whole. Under ``vmap``: the name, for
+        one norm of all examples. Elsewhere the types of the leaves say how they are
+        sharded.
 
     Returns:
       A float32 scalar; float64 if any leaf is float64 or complex128.

@@ -134,8 +134,8 @@ def skip_by_global_norm(
     transformation = isinstance(inner, optax.GradientTransformation)
     run_inner = optax.with_extra_args_support(inner) if transformation else inner
     max_norm, order = as_max_norm(max_norm), as_ord(ord)
-    if max_consecutive_skips is not None:
-        as_count("max_consecutive_skips", max_consecutive_skips, 0)
+    most_skips = 2**31 - 1 if max_consecutive_skips is None else max_consecutive_skips
+    as_count("max_consecutive_skips", most_skips, 0)
 
     def init_fn(params: optax.Params) -> SkipByGlobalNormState:
         state = begin(_BEFORE, max_norm, params)
@@ -155,7 +155,7 @@ def skip_by_global_norm(
         norm, threshold, threshold_state = next_threshold(
             max_norm, leaves, extra_args.get("use_norm"), order, state
         )
-        taken, own = _judge(leaves, norm, threshold, own, order, max_consecutive_skips)
+        taken, own = _judge(leaves, norm, threshold, own, order, most_skips)
         updates, old = join([leaf.array for leaf in leaves]), state.inner_state
         new_updates, new = run_inner.update(updates, old, params, **extra_args)
         check_same("The state that inner.update returned", new, old)
@@ -202,14 +202,12 @@ def _restored(node: Any, like: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="ord")
-def _judge(leaves, norm, threshold, state, ord, max_consecutive_skips):
+def _judge(leaves, norm, threshold, state, ord, most_skips):
     """Judges as a clip does, and measures unless a threshold needed the norm before."""
     norm = measure(leaves, ord, norm)
     _, clip = clip_leaves([], norm, threshold, "nan")
     state = on_mesh_of(clip.norm, state)
-    above = clip.clipped
-    if max_consecutive_skips is not None:
-        above &= state.num_consecutive_skips < max_consecutive_skips
+    above = clip.clipped & (state.num_consecutive_skips < most_skips)
     taken = clip.finite & ~above
     consecutive = count_if(True, state.num_consecutive_skips)
     return taken, state._replace(

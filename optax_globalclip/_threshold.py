@@ -116,7 +116,7 @@ def _initial(threshold: Threshold) -> ThresholdState:
     def copy(leaf: Any) -> Any:
         leaf = unwrapped(leaf)
         if isinstance(leaf, jax.Array):
-            return jnp.array(leaf, copy=True)
+            return jnp.array(leaf, leaf.dtype, copy=True)
         dtype = jnp.result_type(leaf)
         return np.array(leaf, dtype if hasattr(leaf, "dtype") else _NARROW[dtype.kind])
 
@@ -237,7 +237,6 @@ def zscore_threshold(
         return ZScoreState(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
 
     def update(norm, state, count):
-        del count
         check_same("threshold_state", state, init())
         return _zscore_step(norm, state, z, weight, max(warmup_steps, 1))
 
@@ -344,7 +343,6 @@ def quantile_threshold(
         return QuantileState(np.full(window, np.inf, np.float32), np.int32(0))
 
     def update(norm, state, count):
-        del count
         check_same("threshold_state", state, init())
         return _quantile_step(norm, state, below, share, warmup_steps)
 

@@ -183,6 +183,8 @@ def _remedy(leaf: Any) -> str | None:
         return "Leave it out with optax.masked, or put None in its place."
     if jnp.finfo(dtype).bits > 64 or not dtype.isnative:
         return "JAX has no such arrays: pass .astype of a native dtype of 64 bits."
+    if not (is_sparse(leaf) or isinstance(leaf, jax.Array | np.ndarray | np.generic)):
+        return f"It is a {type(leaf).__name__}: pass an array of JAX or NumPy."
     return None
 
 

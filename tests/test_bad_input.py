@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import sparse
+from scipy.sparse import csr_array
 
 from optax_globalclip import (
     Threshold,
@@ -51,7 +52,13 @@ class Foreign:
 
 
 NUMBER, THREE = jnp.float32(0), jnp.int32(3)
-WINDOW = {"mean": NUMBER, "window": jnp.zeros(3)}
+
+
+def window(array):
+    return {"mean": NUMBER, "window": array}
+
+
+WINDOW = window(jnp.zeros(3))
 
 T, V = TypeError, ValueError
 # The call, the error, and what its message has in it, in whatever case.
@@ -107,6 +114,8 @@ ROWS = [
     (lambda: global_norm([np.zeros(1, [("a", "f4")])]), T, "updates[0] masked"),
     (lambda: global_norm([np.float32]), T, "updates[0] type masked"),
     (lambda: global_norm({"w": Foreign()}), T, "['w'] torch.float32"),
+    (lambda: global_norm({"w": csr_array(np.eye(2))}), T, "['w'] csr_array float64"),
+    (lambda: global_norm({"w": jax.new_ref(np.ones(2))}), T, "['w'] Ref pass"),
     (
         lambda: global_norm({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}),
         T,
@@ -154,6 +163,8 @@ ROWS = [
     ),
     # Thresholds of one's own.
     (lambda: own(NUMBER, (None, NUMBER)), T, "Threshold.update None pass"),
+    (lambda: own(THREE, (1.0, jnp.asarray(1.0))), T, "Threshold.update float32 int32"),
+    (lambda: own(True, (1.0, 2.5)), T, "Threshold.update 2.5 float bool"),
     (
         lambda: own({"mean": NUMBER}, (1.0, {"mean": "a"})),
         T,
@@ -211,30 +222,18 @@ def test_wrong_call_is_refused(call, error, words):
 
 # Of a threshold, and of the inner of a skip: a leaf by its path, and the two types.
 CHANGED = {
-    "shorter": (
-        ValueError,
-        WINDOW | {"window": jnp.zeros(2)},
-        "['window'] float32[2] [3]",
-    ),
-    "broadcast": (
-        ValueError,
-        WINDOW | {"window": jnp.zeros(())},
-        "['window'] float32[3]",
-    ),
-    "by a row": (
-        ValueError,
-        WINDOW | {"window": jnp.zeros((1, 3))},
-        "['window'] float32[3]",
-    ),
+    "shorter": (ValueError, window(jnp.zeros(2)), "['window'] float32[2] [3]"),
+    "broadcast": (ValueError, window(jnp.zeros(())), "['window'] float32[3]"),
+    "by a row": (ValueError, window(jnp.zeros((1, 3))), "['window'] float32[3]"),
     "None": (ValueError, None, "state"),
     "a tuple": (ValueError, (NUMBER, jnp.zeros(3)), "state"),
     "a leaf less": (ValueError, {"mean": NUMBER}, "state window"),
     "a leaf more": (ValueError, WINDOW | {"count": NUMBER}, "state count"),
     "another name": (ValueError, {"mean": NUMBER, "ring": jnp.zeros(3)}, "state ring"),
-    "a leaf of None": (ValueError, WINDOW | {"window": None}, "state window"),
+    "a leaf of None": (ValueError, window(None), "state window"),
 }
 RETYPED = {
-    dtype: (TypeError, WINDOW | {"window": jnp.zeros(3, dtype)}, "['window'] float32")
+    dtype: (TypeError, window(jnp.zeros(3, dtype)), "['window'] float32")
     for dtype in ("bfloat16", "int32", "bool", "complex64")
 }
 
