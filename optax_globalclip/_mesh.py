@@ -111,15 +111,17 @@ def placed(tree: Any, params: Any) -> Any:
     If they are committed to none, nor is the tree.
     """
     for leaf in jax.tree.leaves(params):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+        if isinstance(leaf, Tracer):
+            # Of what device_put returns, vmap makes no array over an explicit axis.
+            return jax.tree.map(jnp.asarray, tree)
+        if isinstance(leaf, jax.Array):
             place = leaf.sharding
             if isinstance(place, NamedSharding):
                 places = jax.tree.map(functools.partial(_replicated, place.mesh), tree)
                 return jax.device_put(tree, places)
             if leaf.committed and len(place.device_set) == 1:
                 return jax.device_put(tree, *place.device_set)
-    # Not device_put, of which JAX's vmap makes no array over the explicit axis.
-    return jax.tree.map(jnp.asarray, tree)
+    return jax.device_put(tree)
 
 
 def _replicated(mesh: Any, array: Any) -> NamedSharding:

@@ -139,11 +139,8 @@ def _of_scalars(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return state[counter].astype(jnp.float32) / updates
 
     if "num_skipped" in state:
-        streak = state["num_consecutive_skips"].astype(jnp.float32)
-        return logs | {
-            "skip_fraction": share("num_skipped"),
-            "consecutive_skips": streak,
-        }
+        run = state["num_consecutive_skips"].astype(jnp.float32)
+        return logs | {"skip_fraction": share("num_skipped"), "consecutive_skips": run}
     scale = state["clip_scale"]
     return logs | {
         # The norm may be larger than a float can hold, and the scale is rounded.

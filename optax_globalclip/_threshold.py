@@ -234,7 +234,7 @@ def zscore_threshold(
     weight = 1 - decay
 
     def init() -> ZScoreState:
-        return ZScoreState(jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.float32(0))
+        return ZScoreState(np.float32(0), np.float32(0), np.int32(0), np.float32(0))
 
     def update(norm, state, count):
         check_same("threshold_state", state, init())

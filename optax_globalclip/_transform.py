@@ -163,6 +163,5 @@ def _clip(leaves, norm, threshold, state, ord, nonfinite):
 
 
 def count_if(happened: jax.Array | bool, counter: jax.Array) -> jax.Array:
-    """The counter, incremented if it happened; it saturates."""
-    counter = jnp.asarray(counter, jnp.int32)  # whatever has restored it
-    return jnp.where(happened, optax.safe_increment(counter), counter)
+    """The counter, incremented if it happened; int32, and it saturates."""
+    return jnp.where(happened, optax.safe_increment(counter), counter).astype(jnp.int32)

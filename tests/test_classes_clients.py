@@ -148,7 +148,10 @@ def test_finite_updates_pass_the_debug_switches_of_jax(name, switch):
             return [function(tree) for tree in trees] and None
     for ord in (1, 2, 3, math.inf) if "number" in name else (2,):
         tx = make(name, ord=ord)
-        updates, update, state = None, compiled(tx.update), tx.init(trees[0])
+        updates, update = None, compiled(tx.update)
+        # Where the inner is Optax's, its init transfers zeros.
+        with setting() if "clip" in name else contextlib.nullcontext():
+            state = tx.init(trees[0])
         with setting():
             for tree in trees:
                 updates, state = update(tree, state)
