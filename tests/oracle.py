@@ -147,9 +147,9 @@ def at(power, dtype=np.float32):
     return (VALUES * 10.0**power).astype(dtype)
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    """Close relative to the largest entry; results may be flushed below TINY."""
-    atol = tolerance * float(np.abs(expected).max()) + TINY
+def assert_close(found, expected, tolerance=1e-5, terms=1):
+    """Close relative to the largest entry; each term may be flushed below TINY."""
+    atol = tolerance * float(np.abs(expected).max()) + terms * TINY
     error = np.abs(np.asarray(found).astype(np.longdouble) - expected)
     assert (error <= atol).all(), (found, expected)
 
