@@ -135,7 +135,7 @@ def _sum_of_squares(packs, large, dtype, scale):
         if fused or alike[0].size > _INDEXED:
             sums += [_sum_entries(squares(leaf)) for leaf in alike]
         else:
-            sums.append(_sum_in_chunks(alike, squares))
+            sums.append(_sum_in_chunks(alike, squares, dtype))
     return add(sums)
 
 
@@ -176,7 +176,7 @@ def _sum_entries(array: jax.Array) -> jax.Array:
     return jnp.sum(array)
 
 
-def _sum_in_chunks(leaves, values):
+def _sum_in_chunks(leaves, values, dtype):
     """The sum of what XLA on CPU does not fuse into a sum, but materializes first.
 
     As a loop over chunks it is fused.
@@ -185,19 +185,16 @@ def _sum_in_chunks(leaves, values):
     length = min(_CHUNK, size // ADDENDS)
     chunks = -(-size // length)
 
-    def add_values(leaves: list[jax.Array]) -> jax.Array:
-        return add(list(map(values, leaves)))
-
     def chunk(i: jax.Array) -> jax.Array:
         # The last chunk begins early enough to be whole. What it holds for the
         # second time does not count.
         start = jnp.minimum(i * length, size - length)
         fresh = start + lax.iota(start.dtype, length) >= i * length
         slices = [_slice(leaf, start, length, i) for leaf in leaves]
-        return jnp.where(fresh, add_values(slices), 0)
+        return jnp.where(fresh, add(list(map(values, slices))), 0)
 
     # Not the first chunk: its code would be compiled twice.
-    none = jnp.zeros(length, jax.eval_shape(add_values, leaves).dtype)
+    none = jnp.zeros(length, dtype)
 
     def block(i: jax.Array) -> jax.Array:
         # Few enough chunks that adding them one after the other costs no precision.
