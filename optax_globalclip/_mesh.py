@@ -112,8 +112,9 @@ def placed(tree: Any, params: Any) -> Any:
     """
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, Tracer):
-            # Of what device_put returns, vmap makes no array over an explicit axis.
-            return jax.tree.map(jnp.asarray, tree)
+            # As results of an operation: vmap maps no constant over an explicit axis, nor
+            # over a mesh axis, whether or not device_put returned it.
+            return jax.tree.map(lambda x: jnp.where(True, x, x), tree)
         if isinstance(leaf, jax.Array):
             place = leaf.sharding
             if isinstance(place, NamedSharding):

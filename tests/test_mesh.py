@@ -18,6 +18,7 @@ from optax_globalclip import (
     clip_updates,
     global_norm,
     leaf_norms,
+    quantile_threshold,
     skip_by_global_norm,
     zscore_threshold,
 )
@@ -175,9 +176,10 @@ def test_vmap_over_shard_map(axis, ord):
 
 
 @recent
-def test_transformation_under_vmap_over_shard_map_with_a_mapped_mesh_axis():
+@pytest.mark.parametrize("threshold", [zscore_threshold, quantile_threshold])
+def test_transformation_under_vmap_over_shard_map_with_a_mapped_mesh_axis(threshold):
     batch = oracle.normals((4, 16))
-    tx = clip_by_global_norm(zscore_threshold(warmup_steps=1))
+    tx = clip_by_global_norm(threshold(0.5))
 
     def step(leaf):
         updates, state = tx.update([leaf], tx.init([leaf]))
