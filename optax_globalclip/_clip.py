@@ -177,7 +177,7 @@ def _scaled(values, threshold, norm, within, zero):
 
     Multiplied in at least float32, and rounded once to the dtype of the values.
     """
-    return _products(values, *_factors(threshold, norm, within), zero)
+    return _products(values, *_factors(threshold, norm, within), within, zero)
 
 
 @_scaled.defjvp
@@ -239,12 +239,12 @@ def _products(values, *factors):
 
 # Traced once for leaves of one type.
 @jax.jit
-def _product(value, shift, scale, zero):
-    """The value if ``scale`` is 1, zeros if ``zero``, else times both factors."""
+def _product(value, shift, scale, kept, zero):
+    """The value if ``kept``, zeros if ``zero``, else times both factors."""
     to = wide(value, scale.dtype)
     shift_, scale_ = (factor_of(value, factor.astype(to)) for factor in (shift, scale))
     product = (value.astype(to) * shift_ * scale_).astype(value.dtype)
     # Selected, not multiplied by 1 or by 0: the first makes subnormal entries zero on
     # CPU and TPU, the second leaves NaN entries NaN.
-    product = jax.lax.select(scale == 1, value, product)
+    product = jax.lax.select(kept, value, product)
     return product if zero is None else zero_if(zero, product)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._mesh import either, has_mesh
-from ._reduce import ADDENDS, Range, add, groups_of, real_parts
+from ._reduce import ADDENDS, Range, add, groups_of, hidden, real_parts
 from ._tree import Leaf
 
 # The dtypes whose squares XLA on CPU fuses into their sum.
@@ -66,7 +66,7 @@ def root_of_squares(
     ]
     large = groups_of([x for x in arrays if not _is_small(x)], jax.typeof, ADDENDS)
     sum_of_squares = functools.partial(_sum_of_squares, packs, large, dtype)
-    plain = sum_of_squares(None)
+    (plain,) = hidden(sum_of_squares(None))
     limits, grow = Range.of(dtype), _grow(dtype)
     tiny, huge = plain < limits.floor, ~(plain < math.inf)
     scale = either(tiny, grow, limits.shrink, dtype)
@@ -85,18 +85,20 @@ def once(scalar: jax.Array) -> jax.Array:
     return scalar / jnp.where(scalar == scalar, 1, scalar)
 
 
-def products(values, shift, scale, zero, *, product):
+def products(values, shift, scale, kept, zero, *, product):
     """The product of each value; those of bfloat16 by integers."""
-    shift, scale = once(shift), once(scale)
+    scale = once(scale)
+    # Not ``kept``: each kernel would repeat the comparisons that it is made of.
+    factors = once(shift), scale, scale == 1, zero
     narrow = [jnp.dtype(jnp.bfloat16)] if scale.dtype == jnp.float32 else []
     products = [_product if value.dtype in narrow else product for value in values]
-    return [f(x, shift, scale, zero) for f, x in zip(products, values, strict=True)]
+    return [f(x, *factors) for f, x in zip(products, values, strict=True)]
 
 
 # Traced once for leaves of one type.
 @jax.jit
-def _product(array, shift, scale, zero):
-    """``array * shift * scale`` in bfloat16, by integers; the array if ``scale`` is 1.
+def _product(array, shift, scale, kept, zero):
+    """``array * shift * scale`` in bfloat16, by integers; the array if ``kept``.
 
     XLA on CPU would convert the leaf to float32, share that conversion with the norm's,
     and so materialize a float32 copy of the leaf. It would also round the product again
@@ -110,7 +112,7 @@ def _product(array, shift, scale, zero):
     # unit, or just half and the upper odd. Infinity stays, as its lower half is 0.
     rounded = (wide_bits + 0x7FFF + (wide_bits >> 16 & 1)) >> 16
     rounded = jnp.where(wide == wide, rounded, 0x7FC0)
-    rounded = lax.select(scale == 1, bits, rounded.astype(jnp.uint16))
+    rounded = lax.select(kept, bits, rounded.astype(jnp.uint16))
     if zero is not None:
         rounded = jnp.where(zero, 0, rounded)
     return lax.bitcast_convert_type(rounded, jnp.bfloat16)

@@ -112,8 +112,8 @@ def placed(tree: Any, params: Any) -> Any:
     """
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, Tracer):
-            # As results of an operation: vmap maps no constant over an explicit axis, nor
-            # over a mesh axis, whether or not device_put returned it.
+            # As results of an operation: JAX's vmap maps no constant over an explicit
+            # axis, nor over a mesh axis, even if device_put returned it.
             return jax.tree.map(lambda x: jnp.where(True, x, x), tree)
         if isinstance(leaf, jax.Array):
             place = leaf.sharding

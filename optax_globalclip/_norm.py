@@ -154,15 +154,14 @@ class GlobalNorm(NamedTuple):
     @classmethod
     def of(cls, norm: Numeric, dtype: jnp.dtype) -> "GlobalNorm":
         """A norm that is given as one float."""
-        norm = jnp.asarray(norm, dtype)
-        constant, large = lax.stop_gradient(norm), 1 / Range.of(dtype).shrink
+        norm, large = jnp.asarray(norm, dtype), 1 / Range.of(dtype).shrink
+        (constant,) = hidden(lax.stop_gradient(norm))
         unit = either(constant >= large, large, 1, dtype)
-        return cls(norm, *hidden(constant / unit, unit))
+        return cls(norm, constant / unit, unit)
 
     @classmethod
     def scaled(cls, value: jax.Array, unit: jax.Array) -> "GlobalNorm":
         """The norm ``value * unit``."""
-        value, unit = hidden(value, unit)
         return cls(value * unit, value, unit)
 
     def as_divisor(self) -> "GlobalNorm":

@@ -54,6 +54,7 @@ class Range(NamedTuple):
 
 def root_of_squares(two_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The norm as ``value`` and ``unit``, from the sum that can be trusted."""
+    (two_sums,) = hidden(two_sums)
     shrunk, grown = two_sums.real, two_sums.imag
     limits = Range.of(grown.dtype)
     in_range = grown < float(jnp.finfo(grown.dtype).max) / 2
