@@ -92,19 +92,23 @@ def _two_sums(alike, shrink, grow, together):
         return lax.complex(*(jnp.sum(_squares(parts, x)) for x in (shrink, grow)))
     # What is grown is limited, so that only a sum over entries is infinite: of an array
     # that is broadcast XLA makes a product of complex numbers, in which inf * 0 is NaN.
-    grown = jnp.minimum(_squares(parts, grow), float(jnp.finfo(grow.dtype).max))
+    # Squares are, and what is added of them: for one that would be too much for a GPU.
+    parts, info = [*map(jnp.abs, parts)], jnp.finfo(grow.dtype)
+    grown = _squares(parts, grow, most=2.0 ** (int(info.maxexp) / 2 - 0.25))
+    if len(parts) > 1:
+        grown = jnp.minimum(grown, float(info.max))
     return jnp.sum(lax.complex(_squares(parts, shrink), grown))
 
 
-def _squares(parts, factor):
-    """The squares of the parts, each times the factor; added.
+def _squares(parts, factor, most=None):
+    """The squares of the parts, each times the factor, of at most so much; added.
 
     XLA makes ``(x * x) * (factor * factor)`` of a plain square of an array that is
     broadcast, and both may leave the range: https://github.com/jax-ml/jax/issues/37919
     A minimum prevents it. The largest float leaves each square what it is.
     """
-    largest = float(jnp.finfo(factor.dtype).max)
-    return add([jnp.square(jnp.minimum(part * factor, largest)) for part in parts])
+    most = most or float(jnp.finfo(factor.dtype).max)
+    return add([jnp.square(jnp.minimum(part * factor, most)) for part in parts])
 
 
 def hidden(*scalars: jax.Array) -> Sequence[jax.Array]:
