@@ -92,7 +92,8 @@ def _two_sums(alike, shrink, grow, together):
         return lax.complex(*(jnp.sum(_squares(parts, x)) for x in (shrink, grow)))
     # What is grown is limited, so that only a sum over entries is infinite: of an array
     # that is broadcast XLA makes a product of complex numbers, in which inf * 0 is NaN.
-    # Squares are, and what is added of them: for one that would be too much for a GPU.
+    # Each square is limited, and so is a sum of several. A single square is not limited
+    # twice: XLA for GPU would then split the sums of many leaves into more kernels.
     parts, info = [*map(jnp.abs, parts)], jnp.finfo(grow.dtype)
     grown = _squares(parts, grow, most=2.0 ** (int(info.maxexp) / 2 - 0.25))
     if len(parts) > 1:
