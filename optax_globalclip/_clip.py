@@ -128,7 +128,8 @@ def clip_updates(
 # One call outside ``jit``.
 @functools.partial(jax.jit, static_argnames=("ord", "nonfinite"))
 def _clip_updates(leaves, norm, threshold, ord, nonfinite):
-    return clip_leaves(leaves, measure(leaves, ord, norm), threshold, nonfinite)
+    norm = measure(leaves, ord, norm)
+    return clip_leaves(leaves, norm, threshold, nonfinite)
 
 
 def clip_leaves(leaves, norm, threshold, nonfinite) -> tuple[list[Any], Clip]:
@@ -231,9 +232,13 @@ def _products(values, *factors):
     def products(values, *factors):
         return [_product(value, *factors) for value in values]
 
+    def on_cpu(values, shift, scale, _, zero):
+        factors = *_cpu.factors(shift, scale), zero
+        can = functools.partial(_cpu.can_multiply, scale=scale)
+        return [(_cpu.product if can(x) else _product)(x, *factors) for x in values]
+
     if any(map(has_mesh, values)):
         return products(values, *factors)
-    on_cpu = functools.partial(_cpu.products, product=_product)
     return jax.lax.platform_dependent(values, *factors, cpu=on_cpu, default=products)
 
 

@@ -60,12 +60,11 @@ def root_of_squares(
     If the plain sum of squares cannot be trusted, that of scaled entries is computed
     too, in a branch: XLA on CPU would read the entries once for each sum.
     """
-    packs = [
-        jnp.stack(alike)
-        for alike in groups_of([x for x in arrays if _is_small(x)], jax.typeof, _PACK)
-    ]
-    large = groups_of([x for x in arrays if not _is_small(x)], jax.typeof, ADDENDS)
-    sum_of_squares = functools.partial(_sum_of_squares, packs, large, dtype)
+    small = [array for array in arrays if array.size <= _SMALL]
+    large = [array for array in arrays if array.size > _SMALL]
+    packs = list(map(jnp.stack, groups_of(small, jax.typeof, _PACK)))
+    groups = groups_of(large, jax.typeof, ADDENDS)
+    sum_of_squares = functools.partial(_sum_of_squares, packs, groups, dtype)
     (plain,) = hidden(sum_of_squares(None))
     limits, grow = Range.of(dtype), _grow(dtype)
     tiny, huge = plain < limits.floor, ~(plain < math.inf)
@@ -85,19 +84,24 @@ def once(scalar: jax.Array) -> jax.Array:
     return scalar / jnp.where(scalar == scalar, 1, scalar)
 
 
-def products(values, shift, scale, kept, zero, *, product):
-    """The product of each value; those of bfloat16 by integers."""
+def factors(shift, scale):
+    """The factors of every product, and whether it is to be the value itself.
+
+    That is read off the scale, because each kernel would repeat the comparisons of norm
+    and threshold.
+    """
     scale = once(scale)
-    # Not ``kept``: each kernel would repeat the comparisons that it is made of.
-    factors = once(shift), scale, scale == 1, zero
-    narrow = [jnp.dtype(jnp.bfloat16)] if scale.dtype == jnp.float32 else []
-    products = [_product if value.dtype in narrow else product for value in values]
-    return [f(x, *factors) for f, x in zip(products, values, strict=True)]
+    return once(shift), scale, scale == 1
+
+
+def can_multiply(array: jax.Array, scale: jax.Array) -> bool:
+    """Whether ``product`` takes it."""
+    return array.dtype == jnp.bfloat16 and scale.dtype == jnp.float32
 
 
 # Traced once for leaves of one type.
 @jax.jit
-def _product(array, shift, scale, kept, zero):
+def product(array, shift, scale, kept, zero):
     """``array * shift * scale`` in bfloat16, by integers; the array if ``kept``.
 
     XLA on CPU would convert the leaf to float32, share that conversion with the norm's,
@@ -118,21 +122,17 @@ def _product(array, shift, scale, kept, zero):
     return lax.bitcast_convert_type(rounded, jnp.bfloat16)
 
 
-def _is_small(array: jax.Array) -> bool:
-    return array.size <= _SMALL
-
-
 def _grow(dtype: jnp.dtype) -> float:
     """The smallest subnormal times this has a square that is normal."""
     floor = math.log2(Range.of(dtype).floor)
     return 2.0 ** ((int(jnp.finfo(dtype).maxexp) - 2 - floor) // 2)
 
 
-def _sum_of_squares(packs, large, dtype, scale):
+def _sum_of_squares(packs, groups, dtype, scale):
     """The sum of squares of all entries, each times the scale if there is one."""
     squares = functools.partial(_squares, scale=scale, dtype=dtype)
     sums = [_sum_entries(squares(pack)) for pack in packs]
-    for alike in large:
+    for alike in groups:
         fused = scale is None and alike[0].dtype in _FUSED
         if fused or alike[0].size > _INDEXED:
             sums += [_sum_entries(squares(leaf)) for leaf in alike]
