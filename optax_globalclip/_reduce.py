@@ -54,7 +54,6 @@ class Range(NamedTuple):
 
 def root_of_squares(two_sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The norm as ``value`` and ``unit``, from the sum that can be trusted."""
-    (two_sums,) = hidden(two_sums)
     shrunk, grown = two_sums.real, two_sums.imag
     limits = Range.of(grown.dtype)
     in_range = grown < float(jnp.finfo(grown.dtype).max) / 2
@@ -68,6 +67,7 @@ def two_sums(arrays: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     Summed as one they are one kernel on a GPU. A TPU is faster if they are two.
     """
     limits = Range.of(dtype)
+    # So neither the sums nor what is made of them are constants to XLA.
     factors = hidden(jnp.array(limits.shrink, dtype), jnp.array(limits.grow, dtype))
     # Side by side if they are alike: XLA adds sums over the same devices before it
     # reduces them.
