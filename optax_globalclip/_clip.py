@@ -148,8 +148,7 @@ def clip_leaves(leaves, norm, threshold, nonfinite) -> tuple[list[Any], Clip]:
     limit = threshold.astype(norm.value.dtype)
     norm = norm._replace(norm=found.astype(limit.dtype))
     with jax.named_scope("clip_by_global_norm"):
-        values = list(map(values_of, arrays))
-        values = _scaled(values, limit, norm, within, zero)
+        values = _scaled([*map(values_of, arrays)], limit, norm, within, zero)
     shift, scale = _factors(limit, norm, within)
     # Raised to the smallest normal float, unless every entry becomes 0.
     least = jnp.where(limit > 0, float(jnp.finfo(jnp.float32).tiny), 0)

@@ -195,19 +195,16 @@ def _sum_in_chunks(leaves, values, dtype):
         slices = [_slice(leaf, start, length, i) for leaf in leaves]
         return jnp.where(fresh, add(list(map(values, slices))), 0)
 
-    # Not the first chunk: its code would be compiled twice.
-    none = jnp.zeros(length, dtype)
-
     def block(i: jax.Array) -> jax.Array:
         # Few enough chunks that adding them one after the other costs no precision.
         first = i * ADDENDS
         last = jnp.minimum(first + ADDENDS, chunks)
-        return _sum_entries(
-            lax.fori_loop(first, last, lambda j, sum_: sum_ + chunk(j), none)
-        )
+        # From 0, not from the first chunk: its code would be compiled twice.
+        total = jnp.zeros(length, dtype)
+        total = lax.fori_loop(first, last, lambda j, total: total + chunk(j), total)
+        return _sum_entries(total)
 
-    blocks = -(-chunks // ADDENDS)
-    return _sum_entries(lax.map(block, jnp.arange(blocks)))
+    return _sum_entries(lax.map(block, jnp.arange(-(-chunks // ADDENDS))))
 
 
 # Traced once for leaves of one type.
