@@ -3,9 +3,10 @@
     pip install -e '.[mutation]' && python -m benchmarks.mutants
 
 draws a sample of the mutants that Cosmic Ray makes, runs the default tests on each, and
-writes what it found to ``benchmarks/results/mutants.json``. ``benchmarks/mutants.md``
-says of each known survivor why no test could tell it from the original. A survivor that
-is not listed there is an error. The settings are in ``pyproject.toml``.
+writes what it found to ``benchmarks/results/mutants-0.json``, 0 being the seed.
+``benchmarks/mutants.md`` says of each known survivor why no test could tell it from the
+original. A survivor that is not listed there is an error. The settings are in
+``pyproject.toml``.
 """
 
 import argparse
@@ -33,7 +34,6 @@ from rich.progress import track
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
-RESULTS = ROOT / "benchmarks/results/mutants.json"
 REASONS = ROOT / "benchmarks/mutants.md"
 TIMEOUT_S = 1200
 
@@ -63,7 +63,7 @@ def annotated_lines(path: pathlib.Path) -> Iterator[int]:
                 yield from range(annotation.lineno, annotation.end_lineno + 1)
 
 
-def copy_of_the_tree() -> None:
+def copy_of_the_tree(cache: str) -> None:
     """Moves this process into a copy, because a mutant is a change of a file."""
     copy = pathlib.Path(tempfile.mkdtemp()) / "tree"
     tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
@@ -71,8 +71,15 @@ def copy_of_the_tree() -> None:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
     os.chdir(copy)
-    # Not the installed package; no cases that another run would not draw.
-    os.environ |= {"PYTHONPATH": str(copy), "CI": "true"}
+    # Not the installed package; no cases that another run would not draw; no program
+    # compiled that was compiled for another mutant.
+    os.environ |= {
+        "PYTHONPATH": str(copy),
+        "CI": "true",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def outcome(mutant: MutationSpec) -> dict[str, Any]:
@@ -137,16 +144,19 @@ def main() -> None:
     drawn = random.Random(args.seed).sample(mutants, min(args.sample, len(mutants)))
     found: list[dict[str, Any]] = []
     report = report_of(found, len(mutants), args.seed)
-    executor = concurrent.futures.ProcessPoolExecutor
-    with executor(args.processes, initializer=copy_of_the_tree) as pool:
+    results = ROOT / f"benchmarks/results/mutants-{args.seed}.json"
+    pool = concurrent.futures.ProcessPoolExecutor(
+        args.processes, initializer=copy_of_the_tree, initargs=(tempfile.mkdtemp(),)
+    )
+    with pool:
         running = [pool.submit(outcome, mutant) for mutant in drawn]
         done = concurrent.futures.as_completed(running)
         for future in track(done, f"{len(drawn)} of {len(mutants)}", len(drawn)):
             found.append(future.result())
             # Each time, as the whole may take longer than one can wait.
             report = report_of(found, len(mutants), args.seed)
-            RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{report['killed']} of {report['run']} killed; written to {RESULTS.name}.")
+            results.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{report['killed']} of {report['run']} killed; written to {results.name}.")
     known = equivalent(REASONS.read_text())
     unknown = [m for m in report["survivors"] if not is_known(m["change"], known)]
     if unknown:

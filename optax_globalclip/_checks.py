@@ -70,6 +70,13 @@ def as_scalar(
     return math.inf if number > largest else number
 
 
+def as_norm(use_norm: Numeric | None) -> Numeric | None:
+    """The norm that the user has given, if any."""
+    if use_norm is None:
+        return None
+    return as_scalar("use_norm", use_norm, nan_allowed=True)
+
+
 def as_ord(ord: Any) -> float:
     """The order of a norm as a float, at least 1; 2 for None."""
     return 2.0 if ord is None else as_scalar("ord", ord, least=1, static=True)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from . import _cpu
-from ._checks import NonFinite, Numeric, as_ord, as_scalar, check_nonfinite
+from ._checks import NonFinite, Numeric, as_norm, as_ord, as_scalar, check_nonfinite
 from ._mesh import either, factor_of, has_mesh, zero_if
-from ._norm import GlobalNorm, divide, given_norm, measure
+from ._norm import GlobalNorm, divide, measure
 from ._tree import AxisName, split_updates, values_of, wide, with_values
 
 
@@ -118,8 +118,8 @@ def clip_updates(
     check_nonfinite(nonfinite, max_norm)
     threshold = None if max_norm is None else as_scalar("max_norm", max_norm)
     order = as_ord(ord)
+    norm = as_norm(use_norm)
     leaves, join = split_updates(updates, axis_name)
-    norm = given_norm(leaves, use_norm)
     arrays, clip = _clip_updates(leaves, norm, threshold, order, nonfinite)
     check_finite(clip, nonfinite)
     return join(arrays), clip.norm

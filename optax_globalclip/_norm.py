@@ -15,7 +15,7 @@ import optax
 from jax import lax
 
 from . import _cpu
-from ._checks import Numeric, as_ord, as_scalar
+from ._checks import Numeric, as_ord
 from ._mesh import Axes, either, factor_of, reduced, zero_if
 from ._reduce import Range, add, hidden, real_parts, root_of_squares, two_sums
 from ._tree import AxisName, Leaf, is_float0, matrix_values, split_updates
@@ -200,10 +200,10 @@ def _divide_jvp(primals, tangents):
 
 @functools.partial(jax.jit, static_argnames="ord")
 def measure(leaves: list[Leaf], ord: float, given: Any = None) -> GlobalNorm:
-    """The global norm of the leaves, unless one is given."""
-    if given is not None:
-        return given
+    """The global norm of the leaves, unless one was measured or is given as a float."""
     dtype = accumulator(leaves)
+    if given is not None:
+        return given if isinstance(given, GlobalNorm) else GlobalNorm.of(given, dtype)
     if not leaves:
         return GlobalNorm.of(0.0, dtype)
     with jax.named_scope("global_norm"):
@@ -212,14 +212,6 @@ def measure(leaves: list[Leaf], ord: float, given: Any = None) -> GlobalNorm:
             for leaf in leaves
         ]
         return _two_norm(leaves) if ord == 2 else _p_norm(ord, leaves)
-
-
-def given_norm(leaves: list[Leaf], use_norm: Numeric | None) -> GlobalNorm | None:
-    """The norm that the user has given, if any."""
-    if use_norm is None:
-        return None
-    norm = as_scalar("use_norm", use_norm, nan_allowed=True)
-    return GlobalNorm.of(norm, accumulator(leaves))
 
 
 def accumulator(leaves: Sequence[Leaf]) -> jnp.dtype:

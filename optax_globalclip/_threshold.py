@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._checks import Numeric, as_count, as_scalar, check_same, exported, unwrapped
+from ._checks import as_count, as_norm, as_scalar, check_same, exported, unwrapped
 from ._mesh import on_mesh_of, placed
-from ._norm import given_norm, measure
+from ._norm import measure
 
 # The longest span of moving averages that a change of level is waited for.
 _LONGEST_SPAN = 2000.0
@@ -59,7 +59,7 @@ class Threshold(NamedTuple):
 
 # Wider than optax.Schedule, in which a count cannot be compared with a number.
 Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
-MaxNorm: TypeAlias = Numeric | Schedule | Threshold
+MaxNorm: TypeAlias = jax.typing.ArrayLike | Schedule | Threshold
 
 
 def as_max_norm(max_norm: MaxNorm | None) -> MaxNorm | None:
@@ -85,7 +85,7 @@ def next_threshold(max_norm, leaves, use_norm, ord, state) -> tuple[Any, Any, An
     Measures if the threshold needs it, unless the user gives a norm. A
     :class:`Threshold` works in float32, so its norm is judged in float32.
     """
-    norm = given_norm(leaves, use_norm)
+    norm = as_norm(use_norm)
     if isinstance(max_norm, Threshold):
         norm = measure(leaves, ord, norm)
         norm = norm._replace(norm=norm.norm.astype(jnp.float32))

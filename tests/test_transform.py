@@ -114,16 +114,17 @@ def test_drop_in_for_optax():
     jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, 1e-6), found, expected)
 
 
-def test_one_program_outside_jit_and_none_on_later_calls():
+@pytest.mark.parametrize("given", [{}, {"use_norm": 3.0}])
+def test_one_program_outside_jit_and_none_on_later_calls(given):
     tree = oracle.normals([(11,), (3, 5), (2,)])
     tx = clip_by_global_norm(1.0)
     state = tx.init(tree)
     with oracle.compilations() as first:
-        updates, state = tx.update(tree, state)
+        updates, state = tx.update(tree, state, **given)
     assert len(first) == 1
     with oracle.compilations() as later:
-        tx.update(updates, state)
-        clip_by_global_norm(2.0).update(tree, state)
+        tx.update(updates, state, **given)
+        clip_by_global_norm(2.0).update(tree, state, **given)
     assert not later
 
 
