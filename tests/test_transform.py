@@ -209,7 +209,7 @@ def crossed(*tables):
 def assert_value(place, found, number):
     (found,) = jax.tree.leaves(found)
     with np.errstate(over="ignore"):
-        right = expected(place, float(number))
+        right = expected(place, np.longdouble(number))
     np.testing.assert_allclose(np.float64(found), right, 1e-5)
 
 
@@ -229,7 +229,7 @@ ARRAYS += [jnp.float32(math.inf)]
 LARGE = [2**70, Fraction(10**30, 7), np.int64(2**63 - 1), np.uint32(2**32 - 1)]
 LARGE += [np.uint64(2**63), np.array(2**40), np.longdouble(1e30)]
 # Not as use_norm: whether such a norm is finite is a question of its own.
-BEYOND_FLOAT32 = [10**40, 1e300, np.float64(1e300), 10**300]
+BEYOND_FLOAT32 = [10**40, 1e300, np.float64(1e300), 10**300, 10**400]
 FITS = NUMBERS + ARRAYS
 
 
