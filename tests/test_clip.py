@@ -290,9 +290,9 @@ ENTRIES = np.float32([0.0, 1e-37, 1e-30, 1e-25, 1e-19, 1.0, 1e19, 1e25, 1e30, 1e
 
 
 def clip_of_alike(leaf):
-    """The norm of two, and the largest entry of one after a clip that scales it."""
-    (clipped, _), _ = clip_updates([leaf, jnp.ones(3)], 0.5)
-    return global_norm([leaf, leaf]), jnp.max(clipped, initial=0)
+    """Its norm, and its largest entry after a clip that scales it, beside its like."""
+    (clipped, *_), _ = clip_updates([leaf, leaf, jnp.ones(3)], 0.5)
+    return global_norm([leaf]), jnp.max(clipped, initial=0)
 
 
 def gradient_of_sum(shape, x):
@@ -327,8 +327,8 @@ def test_leaves_of_equal_entries(how, mode, shape):
         xs = jax.device_put(xs, NamedSharding(mesh, P()))
     for x, (norm, entry) in zip(ENTRIES, jax.jit(function)(xs), strict=True):
         leaf = np.full(shape, x)
-        oracle.assert_norm(norm, [leaf, leaf], on_one_cpu=mode == "jit")
-        expected = x * 0.5 / math.hypot(oracle.norm(leaf), math.sqrt(3))
+        oracle.assert_norm(norm, leaf, on_one_cpu=mode == "jit")
+        expected = x * 0.5 / math.hypot(oracle.norm([leaf, leaf]), math.sqrt(3))
         np.testing.assert_allclose(entry, expected, 2e-6, 1e-38)
 
 
